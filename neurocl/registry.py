@@ -1,0 +1,105 @@
+"""Names for everything that can be chosen by name: built-ins and what installed wheels add.
+
+A built-in is stored as ``"module:attribute"`` and imported when somebody asks for it, so listing
+names costs nothing. Other packages join through the entry-point group ``neurocl.<kind>``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import entry_points
+from typing import Any
+
+from neurocl.errors import UserError
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the choice closest to ``word``, or an empty string."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name.
+
+    Attributes:
+        name: what the user types, lower case with hyphens.
+        target: the object itself, or ``"module:attribute"`` to import it from.
+        summary: one line for listings.
+        areas: the command groups that accept the name, such as ``("spiking", "continual")``.
+        source: ``"neurocl"`` or the distribution that added it.
+    """
+
+    name: str
+    target: Any
+    summary: str
+    areas: tuple[str, ...] = ()
+    source: str = "neurocl"
+
+    def load(self) -> Any:
+        """Import and return the registered object."""
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+class Registry:
+    """A table of names of one kind (``methods``, ``datasets``, ``backbones`` ...)."""
+
+    def __init__(self, kind: str, builtins: Iterable[Entry] = ()) -> None:
+        self.kind = kind
+        self._entries = {entry.name: entry for entry in builtins}
+
+    @cached_property
+    def _plugins(self) -> dict[str, Entry]:
+        found = {}
+        for point in entry_points(group=f"neurocl.{self.kind}"):
+            source = point.dist.name if point.dist is not None else "plug-in"
+            found[point.name] = Entry(point.name, point.value, f"from {source}", source=source)
+        return found
+
+    def register(
+        self, name: str, target: Any, summary: str, areas: tuple[str, ...] = (), *, replace: bool = False
+    ) -> None:
+        """Add ``name``.
+
+        Raises:
+            ValueError: the name is taken and ``replace`` is false.
+        """
+        if name in self._entries and not replace:
+            raise ValueError(f"{self.kind} {name!r} is registered already; pass replace=True to override it")
+        self._entries[name] = Entry(name, target, summary, areas)
+
+    def entries(self, area: str | None = None) -> list[Entry]:
+        """All entries, built-ins first; only those that serve ``area`` if it is given."""
+        merged = {**self._plugins, **self._entries}
+        ordered = sorted(merged.values(), key=lambda entry: (entry.name not in self._entries, entry.name))
+        return [entry for entry in ordered if area is None or not entry.areas or area in entry.areas]
+
+    def names(self, area: str | None = None) -> list[str]:
+        return [entry.name for entry in self.entries(area)]
+
+    def entry(self, name: str, area: str | None = None) -> Entry:
+        """Look a name up.
+
+        Raises:
+            UserError: nothing of that name; the message lists the choices.
+        """
+        for entry in self.entries(area):
+            if entry.name == name:
+                return entry
+        choices = self.names(area)
+        kind = self.kind.removesuffix("s")
+        raise UserError(
+            f"unknown {kind} {name!r}{did_you_mean(name, choices)} (choose from {', '.join(choices)})"
+        )
+
+    def load(self, name: str, area: str | None = None) -> Any:
+        """Import and return what is registered under ``name``; raises UserError if nothing is."""
+        return self.entry(name, area).load()
