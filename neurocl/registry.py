@@ -96,9 +96,7 @@ class Registry:
                 return entry
         choices = self.names(area)
         kind = self.kind.removesuffix("s")
-        raise UserError(
-            f"unknown {kind} {name!r}{did_you_mean(name, choices)} (choose from {', '.join(choices)})"
-        )
+        raise UserError(f"unknown {kind} {name!r}{did_you_mean(name, choices)} (choose from {', '.join(choices)})")
 
     def load(self, name: str, area: str | None = None) -> Any:
         """Import and return what is registered under ``name``; raises UserError if nothing is."""

@@ -1,0 +1,1 @@
+"""Networks that methods train: CNNs and multi-layer perceptrons."""

@@ -1,0 +1,65 @@
+"""The ``neurocl`` command: groups, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from neurocl import __version__
+from neurocl.cli import catalogue, continual, data, doctor, report, reproduce, spiking
+from neurocl.errors import NeuroclError
+
+app = typer.Typer(
+    name="neurocl",
+    help="Learning systems that keep learning.\n\n"
+    "Start with [bold]neurocl spiking train[/bold]: a spiking network learns five tasks of real digits on your CPU "
+    "in about a minute. Then [bold]neurocl list[/bold] shows what else there is, "
+    "[bold]neurocl info staer[/bold] explains one name.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"neurocl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+app.add_typer(spiking.app, name="spiking", rich_help_panel="Areas")
+app.add_typer(continual.app, name="continual", rich_help_panel="Areas")
+app.add_typer(data.app, name="data", rich_help_panel="Data and results")
+app.command("report", rich_help_panel="Data and results")(report.report)
+app.command("reproduce", rich_help_panel="Data and results")(reproduce.reproduce)
+app.command("list", rich_help_panel="About neurocl")(catalogue.list_names)
+app.command("info", rich_help_panel="About neurocl")(catalogue.info)
+app.command("doctor", rich_help_panel="About neurocl")(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line; a mistake ends in one line and its exit code, ``--debug`` shows the traceback."""
+    try:
+        app()
+    except NeuroclError as error:
+        if "--debug" in sys.argv:
+            raise
+        typer.echo(f"neurocl: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("neurocl: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)

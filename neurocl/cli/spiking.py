@@ -1,0 +1,194 @@
+"""``neurocl spiking``: spiking networks that learn streams of tasks; their energy; their export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neurocl.cli.options import (
+    MODEL,
+    RUN,
+    STREAM,
+    DataDirOption,
+    DebugOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    RunArgument,
+    ThreadsOption,
+)
+
+app = typer.Typer(
+    help="Spiking networks that learn streams of tasks: STAER and its baselines, energy, export.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+
+@app.command()
+def train(
+    method: Annotated[str | None, typer.Option(help="See `neurocl list methods`.", show_default="staer")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="See `neurocl list datasets`; or a .npz file.", show_default="seq-digits")
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="spiking-mlp, spiking-resnet-small, spiking-resnet18, spiking-resnet19.",
+            rich_help_panel=MODEL,
+            show_default="by data set",
+        ),
+    ] = None,
+    timesteps: Annotated[
+        int | None,
+        typer.Option(help="T, steps of simulation; even for staer.", rich_help_panel=MODEL, show_default="4"),
+    ] = None,
+    buffer_size: Annotated[
+        int | None, typer.Option(help="Items in the replay memory.", rich_help_panel=STREAM, show_default="200")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over each task.", rich_help_panel=STREAM, show_default="by data set")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Also the replay batch.", rich_help_panel=STREAM, show_default="by data set")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate.", rich_help_panel=MODEL, show_default="0.003, AdamW, cosine")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of everything random.", rich_help_panel=RUN, show_default="0")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Several runs: 0,1,2.", rich_help_panel=RUN, show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these.", rich_help_panel=RUN, show_default=False)
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any key: options.beta=0.01, neuron.decay=0.9 ...", rich_help_panel=RUN, show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", rich_help_panel=RUN, show_default="runs/...")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run.", rich_help_panel=RUN, show_default=False)
+    ] = None,
+    stop_after_task: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this task; resume later.", rich_help_panel=RUN, show_default=False),
+    ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="The whole path in seconds, on little data.", rich_help_panel=RUN)
+    ] = False,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16.", rich_help_panel="Machine", show_default="fp32")
+    ] = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a spiking network on a stream of tasks.
+
+    With no options STAER learns the five tasks of seq-digits (real scans, embedded) in about a minute.
+
+    [dim]neurocl spiking train --method er --buffer-size 50
+    neurocl spiking train --dataset seq-mnist --backbone spiking-resnet-small --timesteps 2
+    neurocl spiking train --seeds 0,1,2 --set options.beta=0.01[/dim]
+    """
+    from neurocl.cli.training import run_training
+
+    run_training(
+        "spiking",
+        {
+            "method": method,
+            "dataset": dataset,
+            "backbone": backbone,
+            "timesteps": timesteps,
+            "buffer_size": buffer_size,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "optimizer.lr": lr,
+            "seed": seed,
+            "data_dir": data_dir,
+            "device": device,
+            "precision": precision,
+            "threads": threads,
+        },
+        config_file=config,
+        assignments=assignments or (),
+        seeds=seeds,
+        out=out,
+        resume_path=resume,
+        stop_after_task=stop_after_task,
+        smoke=smoke,
+        quiet=quiet,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure a run's checkpoint again on the tasks it has learnt."""
+    from neurocl.cli.evaluation import evaluate_run
+
+    evaluate_run(run, device, threads, as_json)
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Go on with an interrupted run; the same as `train --resume`."""
+    from neurocl.cli.evaluation import resume_run
+
+    resume_run("spiking", run, device, threads, as_json, quiet)
+
+
+@app.command()
+def energy(
+    run: RunArgument,
+    samples: Annotated[int, typer.Option(min=1, help="Test items to measure on.")] = 64,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Firing rates, dead neurons, operations and energy of a run's network, beside its ANN twin."""
+    from neurocl.cli.energy import print_energy
+
+    print_energy(run, samples, device, threads, as_json)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    to: Annotated[str, typer.Option(help="Format: nir.")] = "nir",
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="RUN/model.nir")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a run's network for neuromorphic tools (NIR), after checking that it gives the same spikes."""
+    from neurocl.errors import UserError
+
+    if to != "nir":
+        raise UserError(f"--to knows nir, got {to!r}")
+    from neurocl.spiking.export import export_run
+
+    written = export_run(run, out)
+    typer.echo(f"{written.path}: {written.layers} layers, {written.checked_steps} steps replayed, same spikes")

@@ -1,0 +1,171 @@
+"""What ``neurocl spiking train`` and ``neurocl continual train`` share: collect options, run the seeds, print the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from neurocl.config import Config, merged, parse_overrides, read_yaml, to_yaml
+from neurocl.errors import UserError
+
+if TYPE_CHECKING:
+    from neurocl.continual.training import RunResult
+
+SMOKE: dict[str, Any] = {"epochs": 1, "max_train_per_class": 12, "max_test_per_class": 6, "buffer_size": 16}
+SMOKE_NETWORKS: dict[str, dict[str, Any]] = {
+    "spiking": {"backbone": "spiking-resnet-small", "backbone_options": {"stem": 8, "channels": [8, 16]}},
+    "continual": {"backbone": "resnet-small", "backbone_options": {"stem": 8, "channels": [8, 16]}},
+}
+
+
+class SeedList(Config):
+    """``seeds.yaml`` in a folder of several seeds: what is needed to go on with them."""
+
+    area: str
+    seeds: tuple[int, ...]
+    config: dict[str, Any]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0,1,2"`` -> [0, 1, 2]; a single number n of two or more seeds is not guessed, it is that seed.
+
+    Raises:
+        UserError: not a comma-separated list of different non-negative integers.
+    """
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds expects integers such as 0,1,2, got {text!r}") from None
+    if any(seed < 0 for seed in seeds) or len(set(seeds)) != len(seeds):
+        raise UserError(f"--seeds expects different non-negative integers, got {text!r}")
+    return seeds
+
+
+def run_training(
+    area: str,
+    flags: Mapping[str, Any],
+    *,
+    config_file: Path | None,
+    assignments: Sequence[str],
+    seeds: str | None,
+    out: Path | None,
+    resume_path: Path | None,
+    stop_after_task: int | None,
+    smoke: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Carry out one ``train`` command.
+
+    Args:
+        area: ``"spiking"`` or ``"continual"``.
+        flags: configuration values given as options; None means not given.
+        stop_after_task: counted from 1, as users count.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    stop = None if stop_after_task is None else stop_after_task - 1
+    if resume_path is not None:
+        allowed = {"device", "threads"}
+        clash = sorted(given.keys() - allowed - {"data_dir"})
+        if clash or config_file or assignments or seeds or out or smoke:
+            named = f"--{clash[0].replace('_', '-')}" if clash else "an option that changes the run"
+            raise UserError(f"--resume continues a run with its own configuration; drop {named}")
+        results = _resume(resume_path, given.get("device"), given.get("threads"), stop, quiet)
+    else:
+        layers = [read_yaml(config_file) if config_file else {}, parse_overrides(assignments), _nested(given)]
+        if smoke:
+            layers = [SMOKE, *_smoke_network(area, layers), *layers]
+        results = _start(area, merged(*layers), seeds, out, stop, quiet)
+    _print_end(results, as_json)
+
+
+def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"optimizer.lr": 1}`` -> ``{"optimizer": {"lr": 1}}``."""
+    result: dict[str, Any] = {}
+    for key, value in given.items():
+        group, _, name = key.partition(".")
+        result = merged(result, {group: {name: value}} if name else {group: value})
+    return result
+
+
+def _smoke_network(area: str, layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A tiny network for ``--smoke`` unless the user chose one."""
+    return [] if any("backbone" in layer for layer in layers) else [SMOKE_NETWORKS[area]]
+
+
+def _start(
+    area: str, values: dict[str, Any], seeds: str | None, out: Path | None, stop: int | None, quiet: bool
+) -> list[RunResult]:
+    from neurocl.cli.progress import make_progress
+    from neurocl.continual.training import resolve, train
+
+    if seeds is None:
+        config = resolve(area, values)
+        return [train(config, out=out, progress=make_progress(quiet), stop_after_task=stop)]
+    if "seed" in values:
+        raise UserError("--seed and --seeds exclude each other")
+    numbers = parse_seeds(seeds)
+    configs = [resolve(area, values, {"seed": seed}) for seed in numbers]
+    parent = _make_parent(configs[0], out)
+    (parent / "seeds.yaml").write_text(
+        to_yaml(SeedList(area=area, seeds=tuple(numbers), config=configs[0].model_dump(mode="json"))), encoding="utf-8"
+    )
+    return [
+        train(config, out=parent / f"seed-{config.seed}", progress=make_progress(quiet), stop_after_task=stop)
+        for config in configs
+    ]
+
+
+def _make_parent(config: Any, out: Path | None) -> Path:
+    from datetime import datetime
+
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    stem = f"{config.area}-{config.method}-{Path(config.dataset).stem}-seeds-{stamp}"
+    parent = out if out is not None else Path("runs") / stem
+    if parent.exists() and any(parent.iterdir()):
+        raise UserError(f"{parent} is not an empty folder; choose another --out")
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent
+
+
+def _resume(path: Path, device: str | None, threads: int | None, stop: int | None, quiet: bool) -> list[RunResult]:
+    from neurocl.cli.progress import make_progress
+    from neurocl.config import validate
+    from neurocl.continual.training import resolve, resume, train
+
+    if not (path / "seeds.yaml").is_file():
+        return [resume(path, progress=make_progress(quiet), device=device, threads=threads, stop_after_task=stop)]
+    plan = validate(SeedList, read_yaml(path / "seeds.yaml"), source=str(path / "seeds.yaml"))
+    results = []
+    for seed in plan.seeds:
+        folder = path / f"seed-{seed}"
+        progress = make_progress(quiet)
+        if (folder / "config.yaml").is_file():
+            results.append(resume(folder, progress=progress, device=device, threads=threads, stop_after_task=stop))
+        else:
+            config = resolve(plan.area, plan.config, {"seed": seed})
+            results.append(train(config, out=folder, progress=progress, stop_after_task=stop))
+    return results
+
+
+def _print_end(results: Sequence[RunResult], as_json: bool) -> None:
+    """The table, where the results are, and what to do next."""
+    from neurocl.report import print_summary
+
+    documents = [result.document for result in results]
+    if as_json:
+        typer.echo(json.dumps([{"run": str(r.path), **r.document} for r in results], indent=1))
+        return
+    print_summary(documents)
+    first = results[0]
+    assert first.path is not None
+    folder = first.path.parent if len(results) > 1 else first.path
+    typer.echo(f"\nResults: {folder}")
+    if any(result.status == "stopped" for result in results):
+        typer.echo(f"Go on:   neurocl {first.document['area']} train --resume {folder}")
+    else:
+        typer.echo(f"Next:    neurocl report {folder} --plots")

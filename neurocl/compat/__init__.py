@@ -1,0 +1,1 @@
+"""Making third-party packages usable whose compiled parts do not fit the installed torch."""

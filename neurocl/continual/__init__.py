@@ -1,0 +1,56 @@
+"""Continual learning: scenarios, methods, the training loop, replay memories and metrics."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neurocl.continual.catalog import METHODS
+    from neurocl.continual.config import OptimizerConfig, TrainConfig
+    from neurocl.continual.memory import Memory
+    from neurocl.continual.method import Batch, Method, MethodConfig, Setting
+    from neurocl.continual.scenario import Scenario, Task
+    from neurocl.continual.training import RunResult, resume, train
+
+_HOMES = {
+    "METHODS": "catalog",
+    "OptimizerConfig": "config",
+    "TrainConfig": "config",
+    "Memory": "memory",
+    "Batch": "method",
+    "Method": "method",
+    "MethodConfig": "method",
+    "Setting": "method",
+    "Scenario": "scenario",
+    "Task": "scenario",
+    "RunResult": "training",
+    "resume": "training",
+    "train": "training",
+}
+
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Memory",
+    "Method",
+    "MethodConfig",
+    "OptimizerConfig",
+    "RunResult",
+    "Scenario",
+    "Setting",
+    "Task",
+    "TrainConfig",
+    "resume",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"neurocl.continual.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'neurocl.continual' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

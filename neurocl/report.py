@@ -1,0 +1,309 @@
+"""Tables and one-file HTML from the ``result.json`` of run folders; runs that differ in the seed alone become one row."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neurocl.errors import UserError
+from neurocl.runs import RunFolder, write_atomically
+
+FORMATS = ("table", "csv", "json", "md", "latex", "html")
+
+# column title -> (group, metric) in result.json
+COLUMNS = {
+    "class-IL accuracy": ("class_il", "final_average_accuracy"),
+    "task-IL accuracy": ("task_il", "final_average_accuracy"),
+    "average incremental": ("class_il", "average_incremental_accuracy"),
+    "forgetting": ("class_il", "forgetting"),
+    "backward transfer": ("class_il", "backward_transfer"),
+}
+RUN_ONLY = ("seed", "threads", "device", "data_dir", "checkpoint_seconds", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that share everything but the seed.
+
+    Attributes:
+        label: method and what tells it apart from the other rows.
+        documents: their results, ordered by seed.
+        values: column title -> one value per run; runs without that metric are left out.
+    """
+
+    label: str
+    documents: tuple[dict[str, Any], ...]
+    values: dict[str, list[float]]
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.documents)
+
+    def statistics(self, column: str) -> tuple[float, float]:
+        """Mean and standard deviation (of the sample, 0 for one run) of a column; NaN without values."""
+        values = self.values[column]
+        if not values:
+            return math.nan, math.nan
+        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+    def cell(self, column: str, plus_minus: str = "±") -> str:
+        """``mean ± std`` with two decimals, ``mean`` for one run, ``-`` without values."""
+        mean, std = self.statistics(column)
+        if math.isnan(mean):
+            return "-"
+        return f"{mean:.2f} {plus_minus} {std:.2f}" if self.num_runs > 1 else f"{mean:.2f}"
+
+
+def read_results(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """The results of runs, each with its folder under ``"run"``.
+
+    Raises:
+        UserError: a run without a result, or one that has not learnt a task yet.
+    """
+    documents = []
+    for folder in folders:
+        document = folder.read_result()
+        if not document.get("metrics"):
+            raise UserError(f"{folder.path} has not finished its first task; continue it with --resume {folder.path}")
+        documents.append({**document, "run": str(folder.path)})
+    return documents
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+def group(documents: Sequence[dict[str, Any]]) -> list[Row]:
+    """Rows of a table, in the order of first appearance; the label names what differs between rows."""
+    settings = [
+        {key: value for key, value in _flat(document["config"]).items() if key not in RUN_ONLY}
+        for document in documents
+    ]
+    keys = sorted({key for setting in settings for key in setting})
+    of_method: dict[str, set[str]] = {}
+    for setting in settings:
+        of_method.setdefault(setting["method"], set()).add(json.dumps(setting, default=str, sort_keys=True))
+    groups: dict[str, list[int]] = {}
+    for index, setting in enumerate(settings):
+        groups.setdefault(json.dumps(setting, default=str, sort_keys=True), []).append(index)
+    differing = [
+        key
+        for key in keys
+        if key not in ("method", "area")
+        and any(
+            len({str(s.get(key)) for s in settings if s["method"] == method}) > 1
+            for method, variants in of_method.items()
+            if len(variants) > 1
+        )
+    ]
+    several_datasets = len({setting["dataset"] for setting in settings}) > 1
+    rows = []
+    for members in groups.values():
+        setting = settings[members[0]]
+        parts = [str(setting["method"])]
+        if several_datasets and "dataset" not in differing:
+            parts.append(str(setting["dataset"]))
+        parts += [f"{key.split('.')[-1]} {setting.get(key)}" for key in differing if setting.get(key) is not None]
+        chosen = sorted((documents[index] for index in members), key=lambda document: document["seed"])
+        values = {
+            title: [d["metrics"][kind][name] for d in chosen if name in d["metrics"].get(kind, {})]
+            for title, (kind, name) in COLUMNS.items()
+        }
+        rows.append(Row(", ".join(parts), tuple(chosen), values))
+    return rows
+
+
+def _protocol(documents: Sequence[dict[str, Any]]) -> str:
+    first = documents[0]
+    names = ", ".join(dict.fromkeys(document["dataset"] for document in documents))
+    tasks = first["protocol"]["tasks"]
+    note = "" if first["protocol"]["evaluated_on"] == "test split" else ", evaluated on a validation split"
+    return f"{names}: {len(tasks)} tasks, batch {first['protocol']['batch_size']}, accuracies in %{note}"
+
+
+def print_summary(documents: Sequence[dict[str, Any]], *, stderr: bool = False) -> None:
+    """The table as the terminal shows it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=stderr, highlight=False)
+    table = Table(title=_protocol(documents), title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for title in ("runs", *COLUMNS, "seconds"):
+        table.add_column(title, justify="right")
+    for row in group(documents):
+        seconds = np.mean([document["seconds"]["total"] for document in row.documents])
+        cells = [row.cell(title) for title in COLUMNS]
+        table.add_row(row.label, str(row.num_runs), *cells, f"{seconds:.0f}")
+    console.print(table)
+    unfinished = [document for document in documents if document["status"] != "finished"]
+    for document in unfinished:
+        done = len(document["accuracy"]["class_il"])
+        console.print(
+            f"{document['method']}, seed {document['seed']}: {document['status']} after {done} of "
+            f"{len(document['protocol']['tasks'])} tasks; its figures are over those"
+        )
+
+
+def print_accuracies(class_il: Sequence[float], task_il: Sequence[float]) -> None:
+    """Accuracy per task and its mean, as ``evaluate`` prints them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(pad_edge=False)
+    table.add_column("")
+    for task in range(len(class_il)):
+        table.add_column(f"task {task + 1}", justify="right")
+    table.add_column("mean", justify="right")
+    for name, values in (("class-IL %", class_il), ("task-IL %", task_il)):
+        table.add_row(name, *(f"{value:.2f}" for value in values), f"{np.mean(values):.2f}")
+    Console(highlight=False).print(table)
+
+
+def as_csv(documents: Sequence[dict[str, Any]]) -> str:
+    """One line per run, every metric in its own column."""
+    names = ["run", "area", "method", "dataset", "seed", "status", "buffer_size", "epochs", "batch_size"]
+    metrics = sorted({(kind, name) for d in documents for kind, group_ in d["metrics"].items() for name in group_})
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow([*names, *(f"{kind}.{name}" for kind, name in metrics), "seconds"])
+    for document in documents:
+        settings = {**document["protocol"], **document}
+        values = [document["metrics"].get(kind, {}).get(name, "") for kind, name in metrics]
+        writer.writerow([*(settings[name] for name in names), *values, round(document["seconds"]["total"], 2)])
+    return stream.getvalue()
+
+
+def as_json(documents: Sequence[dict[str, Any]]) -> str:
+    """The results themselves and the statistics of every row."""
+    rows = [
+        {
+            "label": row.label,
+            "runs": [document["run"] for document in row.documents],
+            "statistics": {
+                title: dict(zip(("mean", "std"), row.statistics(title), strict=True))
+                for title in COLUMNS
+                if row.values[title]
+            },
+        }
+        for row in group(documents)
+    ]
+    return json.dumps({"rows": rows, "results": documents}, indent=1)
+
+
+def as_markdown(documents: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| method | runs | " + " | ".join(COLUMNS) + " |",
+        "| --- | ---: |" + " ---: |" * len(COLUMNS),
+    ]
+    for row in group(documents):
+        lines.append(f"| {row.label} | {row.num_runs} | " + " | ".join(row.cell(title) for title in COLUMNS) + " |")
+    return f"{_protocol(documents)}\n\n" + "\n".join(lines) + "\n"
+
+
+def as_latex(documents: Sequence[dict[str, Any]]) -> str:
+    """A ``tabular`` with booktabs rules."""
+
+    def escape(text: str) -> str:
+        for symbol in "&%$#_{}":
+            text = text.replace(symbol, f"\\{symbol}")
+        return text
+
+    lines = [
+        f"% {_protocol(documents)}",
+        "\\begin{tabular}{lr" + "r" * len(COLUMNS) + "}",
+        "\\toprule",
+        " & ".join(["method", "runs", *COLUMNS]) + " \\\\",
+        "\\midrule",
+    ]
+    for row in group(documents):
+        cells = [escape(row.label), str(row.num_runs)]
+        for title in COLUMNS:
+            text = row.cell(title, r"\pm")
+            cells.append(f"${text}$" if text != "-" else "--")
+        lines.append(" & ".join(cells) + " \\\\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; border-bottom: 1px solid #d7dce1; }
+td:not(:first-child), th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; } code, pre { background: #f3f5f7; padding: .1rem .3rem; } pre { padding: .8rem; overflow: auto; }
+</style></head><body>
+<h1>{{ title }}</h1><p>{{ protocol }}</p>
+<table><tr><th>method</th><th>runs</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr><td>{{ row.label }}</td><td>{{ row.num_runs }}</td>
+{% for name in columns %}<td>{{ row.cell(name) }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for name, image in images %}<h2>{{ name }}</h2><img alt="{{ name }}" src="data:image/png;base64,{{ image }}">{% endfor %}
+<h2>Runs</h2>
+{% for document in documents %}<details><summary>{{ document.method }} on {{ document.dataset }}, seed {{ document.seed }}
+({{ document.status }}, {{ "%.0f" | format(document.seconds.total) }} s, {{ document.machine.cpu }})</summary>
+<pre>{{ document.config_text }}</pre></details>{% endfor %}
+</body></html>
+"""
+
+
+def as_html(documents: Sequence[dict[str, Any]], images: dict[str, bytes]) -> str:
+    """One self-contained page: the table, the pictures (PNG bytes by title) and every run's configuration."""
+    import jinja2
+    import yaml
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    shown = [{**d, "config_text": yaml.safe_dump(d["config"], sort_keys=False)} for d in documents]
+    return environment.from_string(HTML).render(
+        title="neurocl report",
+        protocol=_protocol(documents),
+        columns=list(COLUMNS),
+        rows=group(documents),
+        images=[(name, base64.b64encode(data).decode()) for name, data in images.items()],
+        documents=shown,
+    )
+
+
+def render(documents: Sequence[dict[str, Any]], form: str) -> str:
+    """The report as text in one of ``FORMATS`` except ``table`` (which goes to the terminal).
+
+    Raises:
+        UserError: an unknown format.
+    """
+    if form == "html":
+        from neurocl.plots import figures
+
+        return as_html(documents, figures(group(documents), "png"))
+    writers = {"csv": as_csv, "json": as_json, "md": as_markdown, "latex": as_latex}
+    if form not in writers:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
+    return writers[form](documents)
+
+
+def save_plots(documents: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write every figure as PNG and SVG into ``folder``; returns the paths."""
+    from neurocl.plots import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for form in ("png", "svg"):
+        for name, data in figures(group(documents), form).items():
+            path = folder / f"{name.lower().replace(' ', '-').replace(',', '')}.{form}"
+            write_atomically(path, data)
+            written.append(path)
+    return written
