@@ -119,7 +119,7 @@ def _matrix_figure(row: Row) -> Any:
     figure, panels = plt.subplots(1, 2, figsize=(8.2, 3.6))
     for axes, kind, title in zip(panels, ("class_il", "task_il"), ("Class-IL", "Task-IL"), strict=True):
         matrix = _matrices(row, kind).mean(axis=0)
-        shown = np.where(np.tri(*matrix.shape, dtype=bool), matrix, np.nan)
+        shown = np.where(np.tri(*matrix.shape) > 0, matrix, np.nan)
         picture = axes.imshow(shown, vmin=0, vmax=100, cmap="viridis")
         for (i, j), value in np.ndenumerate(shown):
             if not np.isnan(value):

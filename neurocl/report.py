@@ -1,4 +1,4 @@
-"""Tables and one-file HTML from the ``result.json`` of run folders; runs that differ in the seed alone become one row."""
+"""Tables and one-file HTML from the results of run folders; runs that differ in the seed alone become one row."""
 
 from __future__ import annotations
 
@@ -244,18 +244,20 @@ def as_latex(documents: Sequence[dict[str, Any]]) -> str:
 HTML = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .8rem; border-bottom: 1px solid #d7dce1; }
 td:not(:first-child), th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; } code, pre { background: #f3f5f7; padding: .1rem .3rem; } pre { padding: .8rem; overflow: auto; }
+img { max-width: 100%; } pre { background: #f3f5f7; padding: .8rem; overflow: auto; }
 </style></head><body>
 <h1>{{ title }}</h1><p>{{ protocol }}</p>
 <table><tr><th>method</th><th>runs</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr><td>{{ row.label }}</td><td>{{ row.num_runs }}</td>
 {% for name in columns %}<td>{{ row.cell(name) }}</td>{% endfor %}</tr>{% endfor %}</table>
-{% for name, image in images %}<h2>{{ name }}</h2><img alt="{{ name }}" src="data:image/png;base64,{{ image }}">{% endfor %}
+{% for name, image in images %}<h2>{{ name }}</h2>
+<img alt="{{ name }}" src="data:image/png;base64,{{ image }}">{% endfor %}
 <h2>Runs</h2>
-{% for document in documents %}<details><summary>{{ document.method }} on {{ document.dataset }}, seed {{ document.seed }}
+{% for document in documents %}<details>
+<summary>{{ document.method }} on {{ document.dataset }}, seed {{ document.seed }}
 ({{ document.status }}, {{ "%.0f" | format(document.seconds.total) }} s, {{ document.machine.cpu }})</summary>
 <pre>{{ document.config_text }}</pre></details>{% endfor %}
 </body></html>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ class Mlp(nn.Module):
     def __init__(self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (100, 100)) -> None:
         super().__init__()
         widths = [math.prod(input_shape), *hidden]
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.head = nn.Linear(widths[-1], num_classes)
         for layer in (*self.hidden, self.head):
             nn.init.xavier_uniform_(layer.weight)  # type: ignore[arg-type]

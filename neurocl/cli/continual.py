@@ -21,7 +21,7 @@ from neurocl.cli.options import (
 )
 
 app = typer.Typer(
-    help="Continual learning with ordinary networks: SGD, joint, ER, ER-ACE, DER, DER++, LwF, online EWC, iCaRL, GDumb.",
+    help="Ordinary networks: SGD, joint, ER, ER-ACE, DER, DER++, LwF, online EWC, iCaRL, GDumb.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )

@@ -36,7 +36,7 @@ def list_sets(data_dir: _DataDir = None, as_json: _Json = False) -> None:
         table.add_row(
             row["name"],
             _tasks(row["task_sizes"]),
-            " x ".join(map(str, row["image_shape"])),
+            "x".join(map(str, row["image_shape"])),
             _megabytes(row["download_bytes"]),
             row["state"],
             row["licence"],
@@ -228,7 +228,7 @@ def _megabytes(num_bytes: int | None) -> str:
 
 
 def _tasks(sizes: list[int]) -> str:
-    return f"{len(sizes)} x {sizes[0]}" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
+    return f"{len(sizes)}x{sizes[0]}" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
 
 
 def _shown(value: Any) -> str:
@@ -244,10 +244,10 @@ def _print_folder(name: str, folder: Path, as_json: bool) -> None:
 
 
 def _table(*columns: str) -> Any:
-    from rich.box import SIMPLE
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns[:-1]:
         table.add_column(column, no_wrap=len(columns) > 3, overflow="fold")
     table.add_column(columns[-1], overflow="fold")

@@ -1,4 +1,4 @@
-"""What ``neurocl spiking train`` and ``neurocl continual train`` share: collect options, run the seeds, print the end."""
+"""What ``neurocl spiking train`` and ``neurocl continual train`` share: options, seeds, and the end of a run."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ METHODS = Registry(
             "lwf",
             "neurocl.continual.lwf:Lwf",
             "learning without forgetting: distil the previous network",
-            ("continual",),
+            BOTH,
         ),
         Entry(
             "ewc-online",
@@ -33,7 +33,7 @@ METHODS = Registry(
             "icarl",
             "neurocl.continual.icarl:Icarl",
             "exemplars, distillation, nearest class mean",
-            ("continual",),
+            BOTH,
         ),
         Entry("gdumb", "neurocl.continual.gdumb:Gdumb", "balanced memory, then train from scratch on it", BOTH),
         Entry("sgd", "neurocl.continual.sgd:Sgd", "plain training on each task, the lower bound", BOTH),

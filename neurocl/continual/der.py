@@ -36,7 +36,7 @@ class Der(Method):
     def __init__(self, network: nn.Module, setting: Setting, config: DerConfig) -> None:
         super().__init__(network, setting, config)
         self.alpha = config.alpha
-        self.memory = self.make_memory(logits=((setting.num_classes,), torch.float32))
+        self.memory = self.make_memory({"logits": ((setting.num_classes,), torch.float32)})
         self._stream_logits: Tensor | None = None
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

@@ -58,6 +58,32 @@ def balanced_slots(draws: Int, labels: Int, stored: Int, first: int, capacity: i
     return slots
 
 
+def greedy_slots(draws: Int, labels: Int, stored: Int, first: int, capacity: int) -> Int:
+    """GDumb's greedy balancing: every item's slot or -1; ``stored`` is updated in place.
+
+    A late item is accepted while its class holds fewer than capacity / (classes met) items, and evicts the
+    (draw mod count)-th item of the largest class. Reference: Prabhu et al., 2020, algorithm 1.
+    """
+    slots = np.full(len(draws), -1, np.int64)
+    num_classes = int(max(labels.max(initial=0), stored.max(initial=0))) + 1
+    counts = np.bincount(stored[stored >= 0], minlength=num_classes)
+    for index, (draw, label) in enumerate(zip(draws, labels, strict=True)):
+        position = first + index
+        if position < capacity:
+            slots[index] = position
+        else:
+            met = np.count_nonzero(counts) + (counts[label] == 0)
+            if counts[label] >= capacity / met:
+                continue
+            victim = int(counts.argmax())
+            members = np.flatnonzero(stored == victim)
+            slots[index] = members[draw % len(members)]
+            counts[victim] -= 1
+        stored[slots[index]] = label
+        counts[label] += 1
+    return slots
+
+
 class Memory(nn.Module):
     """M items of a stream, each with the same named fields.
 
@@ -67,20 +93,21 @@ class Memory(nn.Module):
         capacity: M, at least 1.
         fields: name -> (shape of one item, dtype), for example ``{"image": ((3, 32, 32), torch.uint8)}``.
         seed: of the memory's own generator; two memories with different seeds keep different items.
-        policy: ``"reservoir"`` or ``"balanced"`` (needs a field ``label``).
+        policy: ``"reservoir"``, or ``"balanced"`` or ``"greedy"`` (these need a field ``label``).
     """
 
     def __init__(self, capacity: int, fields: Mapping[str, Field], *, seed: int, policy: str = "reservoir") -> None:
         super().__init__()
         if capacity < 1:
             raise ValueError(f"buffer_size must be at least 1, got {capacity}")
-        if policy not in ("reservoir", "balanced"):
-            raise ValueError(f"policy must be 'reservoir' or 'balanced', got {policy!r}")
+        if policy not in ("reservoir", "balanced", "greedy"):
+            raise ValueError(f"policy must be 'reservoir', 'balanced' or 'greedy', got {policy!r}")
         self.capacity = capacity
         self.policy = policy
         self.names = tuple(fields)
         for name, (shape, dtype) in fields.items():
             self.register_buffer(f"field_{name}", torch.zeros((capacity, *shape), dtype=dtype))
+        self.seen: Tensor
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self._seen = 0
         self._generator = torch.Generator().manual_seed(seed)
@@ -118,7 +145,8 @@ class Memory(nn.Module):
             return reservoir_slots(draws, self._seen, self.capacity)
         stored = np.full(self.capacity, -1, np.int64)
         stored[: len(self)] = self.field("label").cpu().numpy()
-        return balanced_slots(draws, values["label"].cpu().numpy(), stored, self._seen, self.capacity)
+        choose = balanced_slots if self.policy == "balanced" else greedy_slots
+        return choose(draws, values["label"].cpu().numpy(), stored, self._seen, self.capacity)
 
     @torch.no_grad()
     def add(self, **values: Tensor) -> None:

@@ -7,7 +7,7 @@ Everything that a method must remember is in its ``state_dict()``, or a run coul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from neurocl.config import Config
 from neurocl.continual.losses import cross_entropy, time_mean
 from neurocl.continual.memory import Field, Memory
+from neurocl.devices import generator_for
 
 if TYPE_CHECKING:
     from neurocl.continual.scenario import Task
     from neurocl.data.augment import Augment
+
+
+MEMORY_STREAM = 5
 
 
 class MethodConfig(Config):
@@ -86,8 +90,6 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    #: network kinds that the method can train
-    needs_features: ClassVar[bool] = False
 
     def __init__(self, network: nn.Module, setting: Setting, config: MethodConfig) -> None:
         super().__init__()
@@ -96,19 +98,17 @@ class Method(nn.Module):
         self.config = config
         self.task_index = 0
 
-    def make_memory(self, seed_offset: int = 0, policy: str = "reservoir", **fields: Field) -> Memory:
-        """A memory of raw items and labels plus ``fields``, with a random stream of its own."""
-        described = {
+    def make_memory(
+        self, fields: Mapping[str, Field] | None = None, *, stream: int = 0, policy: str = "reservoir"
+    ) -> Memory:
+        """A memory of raw items and labels plus ``fields``; each ``stream`` number is a random stream of its own."""
+        described: dict[str, Field] = {
             "image": (self.setting.input_shape, torch.uint8),
             "label": ((), torch.int64),
-            **fields,
+            **(fields or {}),
         }
-        return Memory(
-            self.setting.buffer_size,
-            described,
-            seed=1009 * self.setting.seed + 7 + seed_offset,
-            policy=policy,
-        )
+        seed = generator_for(self.setting.seed, MEMORY_STREAM, stream).initial_seed()
+        return Memory(self.setting.buffer_size, described, seed=seed, policy=policy)
 
     def augmented(self, raw: Tensor) -> Tensor:
         """Replayed raw items as network input, augmented anew at every draw."""
@@ -123,7 +123,11 @@ class Method(nn.Module):
         self.task_index = task.index
 
     def training_data(self, task: Task) -> tuple[Tensor, Tensor]:
-        """The items and labels of the task's epochs; iCaRL, for one, adds its exemplars."""
+        """The items and labels of the task's epochs; iCaRL, for one, adds its exemplars.
+
+        Called after ``begin_task`` and again when a run resumes inside the task, so this is also the place to
+        derive what is not worth keeping as state.
+        """
         return task.images, task.labels
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

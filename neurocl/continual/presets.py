@@ -70,7 +70,7 @@ def _by_memory(value: Any, buffer_size: int) -> Any:
 def starting_values(
     area: str, method: str, dataset: str, buffer_size: int, *, epochs: int, batch_size: int, augment: str
 ) -> dict[str, Any]:
-    """Configuration values for ``method`` on ``dataset``; epochs, batch size and augmentation come from the benchmark."""
+    """Values for ``method`` on ``dataset``; epochs, batch size and augmentation are the benchmark's."""
     values: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": batch_size,

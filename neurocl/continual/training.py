@@ -326,7 +326,7 @@ def resume(
     device: str | None = None,
     threads: int | None = None,
 ) -> RunResult:
-    """Continue a run from its last checkpoint (from the start if it had none); the numbers equal an uninterrupted run's.
+    """Continue a run from its last checkpoint (from the start if it had none); the numbers equal an unbroken run's.
 
     Raises:
         UserError: not a run folder, or a damaged checkpoint; nothing is changed then.

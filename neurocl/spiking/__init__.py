@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from neurocl.spiking.encoding import Encoder
     from neurocl.spiking.network import SpikingClassifier, SpikingMlp, SpikingResNet
     from neurocl.spiking.neuron import lif, lif_membrane
-    from neurocl.spiking.soft_dtw import soft_dtw, soft_dtw_alignment, soft_dtw_divergence
+    from neurocl.spiking.softdtw import soft_dtw, soft_dtw_alignment, soft_dtw_divergence
     from neurocl.spiking.staer import Staer, StaerConfig, alignment_loss
 
 _HOMES = {
@@ -22,9 +22,9 @@ _HOMES = {
     "SpikingResNet": "network",
     "lif": "neuron",
     "lif_membrane": "neuron",
-    "soft_dtw": "soft_dtw",
-    "soft_dtw_alignment": "soft_dtw",
-    "soft_dtw_divergence": "soft_dtw",
+    "soft_dtw": "softdtw",
+    "soft_dtw_alignment": "softdtw",
+    "soft_dtw_divergence": "softdtw",
     "Staer": "staer",
     "StaerConfig": "staer",
     "alignment_loss": "staer",
@@ -50,10 +50,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        # importing neurocl.spiking.soft_dtw binds the module to this name first; the function replaces it
-        value = getattr(importlib.import_module(f"neurocl.spiking.{_HOMES[name]}"), name)
-        globals()[name] = value
-        return value
+        return getattr(importlib.import_module(f"neurocl.spiking.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'neurocl.spiking' has no attribute {name!r}")
 
 

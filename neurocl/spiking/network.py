@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ class NormLif(nn.Module):
             repeat=repeat,
             track=self.norm.track_running_stats,
         )
-        return fused.unflatten(0, (timesteps, -1))
+        sequence: Tensor = fused.unflatten(0, (timesteps, -1))  # type: ignore[no-untyped-call]
+        return sequence
 
 
 @contextmanager
@@ -239,7 +241,7 @@ class SpikingMlp(SpikingNetwork):
         super().__init__()
         neuron = neuron or NeuronConfig()
         widths = [num_inputs, *hidden]
-        self.hidden = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(a, b, bias=False) for a, b in pairwise(widths))
         self.lifs = nn.ModuleList(NormLif(neuron, width, dims=1) for width in hidden)
         self.head = nn.Linear(widths[-1], num_classes, bias=False)
         self.num_features = widths[-1]
@@ -293,9 +295,8 @@ def _resnet(
     blocks: Sequence[int],
     channels: Sequence[int],
 ) -> SpikingClassifier:
-    network = SpikingResNet(
-        input_shape[-3], num_classes, stem=stem, blocks=blocks, channels=channels, neuron=neuron
-    ).to(memory_format=torch.channels_last)
+    network = SpikingResNet(input_shape[-3], num_classes, stem=stem, blocks=blocks, channels=channels, neuron=neuron)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return SpikingClassifier(network, Encoder(timesteps, encoder))
 
 

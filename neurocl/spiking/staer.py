@@ -19,12 +19,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from neurocl.continual.losses import logit_distance, time_mean
+from neurocl.continual.memory import Field as MemoryField
 from neurocl.continual.memory import Memory
 from neurocl.continual.method import Batch, Method, MethodConfig, Setting
 from neurocl.errors import UserError
 from neurocl.spiking.encoding import resample
 from neurocl.spiking.network import SpikingClassifier, frozen_statistics
-from neurocl.spiking.soft_dtw import soft_dtw_divergence
+from neurocl.spiking.softdtw import soft_dtw_divergence
 
 
 class StaerConfig(MethodConfig):
@@ -128,7 +129,7 @@ class Staer(Method):
         self.alpha1 = config.alpha1 if config.alignment in ("full", "contraction") else 0.0
         self.alpha2 = config.alpha2 if config.alignment in ("full", "expansion") else 0.0
         classes = setting.num_classes
-        series = {
+        series: dict[str, MemoryField] = {
             "half": ((steps // 2, classes), torch.float32),
             "same": ((steps, classes), torch.float32),
             "double": ((2 * steps, classes), torch.float32),
@@ -137,11 +138,11 @@ class Staer(Method):
         self.memory: Memory
         self.series_memory: Memory | None = None
         if config.memory == "shared":
-            self.memory = self.make_memory(**(series if self.aligned else {}))
+            self.memory = self.make_memory(series if self.aligned else None)
         else:
             self.memory = self.make_memory()
             if self.aligned:
-                self.series_memory = self.make_memory(1, **series)
+                self.series_memory = self.make_memory(series, stream=1)
         self._stream_series: dict[str, Tensor] = {}
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
