@@ -55,12 +55,13 @@ class Row:
             return math.nan, math.nan
         return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
-    def cell(self, column: str, plus_minus: str = "±") -> str:
-        """``mean ± std`` with two decimals, ``mean`` for one run, ``-`` without values."""
+    def cell(self, column: str, plus_minus: str = "±", decimals: int = 2) -> str:
+        """``mean ± std``, ``mean`` for one run, ``-`` without values."""
         mean, std = self.statistics(column)
         if math.isnan(mean):
             return "-"
-        return f"{mean:.2f} {plus_minus} {std:.2f}" if self.num_runs > 1 else f"{mean:.2f}"
+        shown = f"{mean:.{decimals}f}"
+        return f"{shown} {plus_minus} {std:.{decimals}f}" if self.num_runs > 1 else shown
 
 
 def read_results(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
@@ -132,8 +133,9 @@ def _protocol(documents: Sequence[dict[str, Any]]) -> str:
     first = documents[0]
     names = ", ".join(dict.fromkeys(document["dataset"] for document in documents))
     tasks = first["protocol"]["tasks"]
+    batches = ", ".join(str(size) for size in sorted({d["protocol"]["batch_size"] for d in documents}))
     note = "" if first["protocol"]["evaluated_on"] == "test split" else ", evaluated on a validation split"
-    return f"{names}: {len(tasks)} tasks, batch {first['protocol']['batch_size']}, accuracies in %{note}"
+    return f"{names}: {len(tasks)} tasks, batch size {batches}, accuracies in %{note}"
 
 
 def print_summary(documents: Sequence[dict[str, Any]], *, stderr: bool = False) -> None:
@@ -142,14 +144,16 @@ def print_summary(documents: Sequence[dict[str, Any]], *, stderr: bool = False) 
     from rich.table import Table
 
     console = Console(stderr=stderr, highlight=False)
-    table = Table(title=_protocol(documents), title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("method", overflow="fold")
-    for title in ("runs", *COLUMNS, "seconds"):
-        table.add_column(title, justify="right")
+    for title in ("runs", *COLUMNS, "s"):
+        shown = title.replace("average incremental", "avg. incr.")
+        table.add_column(shown, justify="right", min_width=max(len(word) for word in shown.split()))
     for row in group(documents):
         seconds = np.mean([document["seconds"]["total"] for document in row.documents])
-        cells = [row.cell(title) for title in COLUMNS]
+        cells = [row.cell(title, decimals=1 if row.num_runs > 1 else 2) for title in COLUMNS]
         table.add_row(row.label, str(row.num_runs), *cells, f"{seconds:.0f}")
+    console.print(f"[bold]{_protocol(documents)}[/bold]")
     console.print(table)
     unfinished = [document for document in documents if document["status"] != "finished"]
     for document in unfinished:
@@ -162,10 +166,11 @@ def print_summary(documents: Sequence[dict[str, Any]], *, stderr: bool = False) 
 
 def print_accuracies(class_il: Sequence[float], task_il: Sequence[float]) -> None:
     """Accuracy per task and its mean, as ``evaluate`` prints them."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for task in range(len(class_il)):
         table.add_column(f"task {task + 1}", justify="right")

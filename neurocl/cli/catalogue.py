@@ -112,10 +112,15 @@ def _describe_method(entry: Any) -> dict[str, Any]:
     ]
     return {
         "used by": [f"neurocl {area} train --method {entry.name}" for area in entry.areas],
-        "about": inspect.getdoc(module) or "",
-        "loss": inspect.getdoc(method) or "",
+        "about": _paragraphs(inspect.getdoc(module) or ""),
+        "step": _paragraphs((inspect.getdoc(method) or "").partition("\n\nArgs:")[0].partition("\n\nRaises:")[0]),
         "options": options,
     }
+
+
+def _paragraphs(text: str) -> str:
+    """Docstring text with its lines joined, so that the terminal can wrap it; blank lines stay."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
 def _describe_dataset(entry: Any) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def _describe_backbone(entry: Any) -> dict[str, Any]:
         for parameter in inspect.signature(factory).parameters.values()
         if parameter.name not in hidden
     ]
-    return {"used by": list(entry.areas), "about": inspect.getdoc(factory) or "", "options": options}
+    return {"used by": list(entry.areas), "about": _paragraphs(inspect.getdoc(factory) or ""), "options": options}
 
 
 def _describe_recipe(name: str) -> dict[str, Any]:

@@ -126,6 +126,14 @@ def train(
 
 
 @app.command()
+def config(debug: DebugOption = False) -> None:
+    """Print every configuration key with its default and meaning, as a YAML file to edit."""
+    from neurocl.cli.training import print_config
+
+    print_config("continual")
+
+
+@app.command()
 def evaluate(
     run: RunArgument,
     device: DeviceOption = None,

@@ -40,12 +40,13 @@ def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
         typer.echo(json.dumps(findings, indent=1))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in findings:
         mark = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "broken": "[red]broken[/red]"}[row["state"]]
-        table.add_row(mark, row["what"], row["found"])
+        table.add_row(mark, row["what"], escape(row["found"]))
     Console(highlight=False).print(table)
     if any(row["state"] == "broken" for row in findings):
         raise typer.Exit(1)

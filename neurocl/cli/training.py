@@ -78,7 +78,7 @@ def run_training(
     else:
         layers = [read_yaml(config_file) if config_file else {}, parse_overrides(assignments), _nested(given)]
         if smoke:
-            layers = [SMOKE, *_smoke_network(area, layers), *layers]
+            layers = [*_smoke_network(area, layers), layers[0], SMOKE, *layers[1:]]
         results = _start(area, merged(*layers), seeds, out, stop, quiet)
     _print_end(results, as_json)
 
@@ -169,3 +169,26 @@ def _print_end(results: Sequence[RunResult], as_json: bool) -> None:
         typer.echo(f"Go on:   neurocl {first.document['area']} train --resume {folder}")
     else:
         typer.echo(f"Next:    neurocl report {folder} --plots")
+
+
+def print_config(area: str) -> None:
+    """Every key of a run with its default and meaning, as YAML that ``--config`` reads."""
+    from neurocl.continual.training import config_class, resolve
+
+    defaults = resolve(area, {}).model_dump(mode="json")
+    typer.echo(f"# neurocl {area} train --config FILE; any key can also be given as --set key=value")
+    for line in _commented(config_class(area), defaults, ""):
+        typer.echo(line)
+
+
+def _commented(model: Any, values: Mapping[str, Any], indent: str) -> list[str]:
+    lines = []
+    for name, field in model.model_fields.items():
+        value = values[name]
+        meaning = f"  # {field.description}" if field.description else ""
+        if isinstance(value, dict) and hasattr(field.annotation, "model_fields"):
+            lines.append(f"{indent}{name}:{meaning}")
+            lines += _commented(field.annotation, value, indent + "  ")
+        else:
+            lines.append(f"{indent}{name}: {json.dumps(value)}{meaning}")
+    return lines
