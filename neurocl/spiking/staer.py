@@ -93,8 +93,8 @@ def alignment_loss(
         normalize: divide each divergence by the mean length of its series.
     """
     count = half_series.shape[1]
-    fresh, fresh_half = series.transpose(0, 1), half_series.transpose(0, 1)
-    zero = series.new_zeros((), dtype=torch.float32 if series.dtype == torch.bfloat16 else series.dtype)
+    fresh, fresh_half = (value.transpose(0, 1).to(past_same.dtype) for value in (series, half_series))
+    zero = past_same.new_zeros(())
     same = soft_dtw_divergence(fresh, past_same, gamma, normalize=normalize)
     half = soft_dtw_divergence(fresh_half, past_half[:count], gamma, normalize=normalize) if alpha1 else zero
     double = soft_dtw_divergence(fresh_half, past_double[:count], gamma, normalize=normalize) if alpha2 else zero

@@ -1,4 +1,4 @@
-"""``neurocl spiking energy`` and ``export`` on short runs: the table at two widths, one JSON document, one-line refusals."""
+"""``neurocl spiking energy`` and ``export`` on short runs: tables at two widths, one JSON document, refusals."""
 
 import json
 import subprocess
