@@ -27,7 +27,7 @@ COLUMNS = {
     "forgetting": ("class_il", "forgetting"),
     "backward transfer": ("class_il", "backward_transfer"),
 }
-RUN_ONLY = ("seed", "threads", "device", "data_dir", "checkpoint_seconds", "tensorboard")
+RUN_ONLY = ("seed", "threads", "device", "data_dir", "checkpoint_seconds", "keep_memory", "tensorboard")
 
 
 @dataclass(frozen=True)

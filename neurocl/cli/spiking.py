@@ -199,4 +199,5 @@ def export(
     from neurocl.spiking.export import export_run
 
     written = export_run(run, out)
-    typer.echo(f"{written.path}: {written.layers} layers, {written.checked_steps} steps replayed, same spikes")
+    checked = f"{written.checked_neurons:,} neuron outputs over {written.checked_steps} steps"
+    typer.echo(f"{written.path}: {written.layers} layers of neurons; {checked} replayed from the file, all equal")

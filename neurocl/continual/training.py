@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from neurocl.devices import (
     seed_everything,
     versions,
 )
+from neurocl.energy_meter import EnergyMeter
 from neurocl.errors import Interrupted, NeuroclError, UserError
 from neurocl.registry import did_you_mean
 from neurocl.runs import RunFolder
@@ -236,15 +237,17 @@ def _run(
     continuing: bool,
     stop_after_task: int | None,
 ) -> RunResult:
-    runtime = prepare(config.device, config.precision, config.threads)
+    runtime = prepare(config.device, config.precision, config.threads, keep_memory=config.keep_memory)
     scenario = build_scenario(config)
     method = build_method(config, scenario, runtime)
     loop = Loop(config, method, scenario, runtime, folder, progress or Progress())
     if continuing and folder is not None and folder.has_checkpoint():
         loop.load()
     status, failure = "failed", None
+    meter = EnergyMeter(device=str(runtime.device))
     try:
-        status = "finished" if loop.run(stop_after_task=stop_after_task) else "stopped"
+        with meter:
+            status = "finished" if loop.run(stop_after_task=stop_after_task) else "stopped"
     except Interrupted as stop:
         status, failure = "interrupted", str(stop)
         raise
@@ -258,6 +261,7 @@ def _run(
         ) from None
     finally:
         document = _document(loop, status, failure)
+        document["energy"] = {"scope": "training and evaluation since the last start", **asdict(meter.reading)}
         if folder is not None and (status != "failed" or failure is not None):
             folder.write_result(document)
     empty = np.empty((0, len(scenario)))
@@ -362,7 +366,9 @@ def load_run(path: Path | str, *, device: str | None = None, threads: int | None
     """
     folder = RunFolder.open(Path(path))
     config = load_config(folder)
-    runtime = prepare(device or config.device, config.precision, threads or config.threads)
+    runtime = prepare(
+        device or config.device, config.precision, threads or config.threads, keep_memory=config.keep_memory
+    )
     scenario = build_scenario(config)
     method = build_method(config, scenario, runtime)
     checkpoint = folder.load_checkpoint()

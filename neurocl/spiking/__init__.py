@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neurocl.spiking.config import NeuronConfig, SpikingTrainConfig
     from neurocl.spiking.encoding import Encoder
+    from neurocl.spiking.energy import EnergyReport, measure_energy
+    from neurocl.spiking.export import export_run, to_nir
     from neurocl.spiking.network import SpikingClassifier, SpikingMlp, SpikingResNet
     from neurocl.spiking.neuron import lif, lif_membrane
     from neurocl.spiking.softdtw import soft_dtw, soft_dtw_alignment, soft_dtw_divergence
@@ -17,6 +19,10 @@ _HOMES = {
     "NeuronConfig": "config",
     "SpikingTrainConfig": "config",
     "Encoder": "encoding",
+    "EnergyReport": "energy",
+    "measure_energy": "energy",
+    "export_run": "export",
+    "to_nir": "export",
     "SpikingClassifier": "network",
     "SpikingMlp": "network",
     "SpikingResNet": "network",
@@ -32,6 +38,7 @@ _HOMES = {
 
 __all__ = [
     "Encoder",
+    "EnergyReport",
     "NeuronConfig",
     "SpikingClassifier",
     "SpikingMlp",
@@ -40,11 +47,14 @@ __all__ = [
     "Staer",
     "StaerConfig",
     "alignment_loss",
+    "export_run",
     "lif",
     "lif_membrane",
+    "measure_energy",
     "soft_dtw",
     "soft_dtw_alignment",
     "soft_dtw_divergence",
+    "to_nir",
 ]
 
 

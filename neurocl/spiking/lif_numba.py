@@ -192,11 +192,13 @@ def _charge(before: Array, now: Array, decay: Any, threshold: Any, zero: Any) ->
 
 
 @njit(nogil=True, error_model="numpy")
-def _descend(now: Array, grad: Array, gu: Array, out: Array, decay: Any, threshold: Any, slope: Any, one: Any) -> None:
+def _descend(
+    now: Array, grad: Array, gu: Array, out: Array, decay: Any, threshold: Any, slope: Any, height: Any, one: Any
+) -> None:
     """One time step backwards: the gradient of the membrane, kept in ``gu`` and written to ``out``."""
     for j in range(len(now)):
         q = slope * (now[j] - threshold)
-        g = one / (one + q * q) * _widen(grad[j]) + decay * gu[j]
+        g = one / (one + q * q) * height * _widen(grad[j]) + decay * gu[j]
         gu[j] = g
         out[j] = _narrow(g, out)
 
@@ -319,6 +321,7 @@ def _backward(
     block = scratch.shape[1] - PADDING
     zero = scratch.dtype.type(0)
     one = scratch.dtype.type(1)
+    height = scratch.dtype.type(slope / np.pi)
     for base in range(start, stop, block):
         n = min(block, stop - base)
         gu = scratch[0, :n]
@@ -355,14 +358,14 @@ def _backward(
             now = scratch[4 + t, :n]
             gt = grad[t * grad_step + base : t * grad_step + base + n]
             if out_step == 0:
-                _descend(now, gt, gu, now, decay, threshold, slope, one)
+                _descend(now, gt, gu, now, decay, threshold, slope, height, one)
                 if t < steps - 1:
                     _add(now, over_time)
                 if t == 0:
                     _store(over_time, out[base : base + n])
             else:
                 target = out[t * out_step + base : t * out_step + base + n]
-                _descend(now, gt, gu, target, decay, threshold, slope, one)
+                _descend(now, gt, gu, target, decay, threshold, slope, height, one)
             if scales is not None:
                 xt = x[t * x_step + base : t * x_step + base + n]
                 _accumulate(gu, xt, centre, sums[0, :n], sums[1, :n])

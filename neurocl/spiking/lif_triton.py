@@ -10,6 +10,7 @@ Letters: T time steps, N neurons of one time step.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     DECAY: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SLOPE: tl.constexpr,
+    HEIGHT: tl.constexpr,
     T: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
     STATE: tl.constexpr,
@@ -81,7 +83,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     for back in tl.static_range(T):
         q = SLOPE * (membranes[T - 1 - back] - THRESHOLD)
         incoming = tl.load(grad + (T - 1 - back) * grad_step + neuron, mask=inside, other=0.0).to(STATE)
-        g = 1.0 / (1.0 + q * q) * incoming + DECAY * g
+        g = 1.0 / (1.0 + q * q) * HEIGHT * incoming + DECAY * g
         tl.store(out + (T - 1 - back) * size + neuron, g.to(out.dtype.element_ty), mask=inside)
 
 
@@ -153,6 +155,7 @@ def lif_backward(grad: Tensor, x: Tensor, extra: Tensor | None, decay: float, th
             DECAY=decay,
             THRESHOLD=threshold,
             SLOPE=slope,
+            HEIGHT=slope / math.pi,
             T=steps,
             HAS_EXTRA=extra is not None,
             STATE=STATE_TYPES.get(x.dtype, tl.float32),

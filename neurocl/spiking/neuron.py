@@ -7,9 +7,10 @@ The membrane u starts at 0 and every step charges, compares and (later) resets:
     u[t] = decay * u[t-1] * 1[u[t-1] <= threshold] + x[t]                   reset="hard"
     s[t] = 1[u[t] > threshold]                                              strictly above
 
-The gradient of s with respect to u is replaced by 1 / (1 + (pi/2 * alpha * (u - threshold))^2); it flows through
-the charging (``decay * u`` and ``x``) and not through the reset signal. Every backward pass computes the
-membranes again from the input, so the input is all that is kept between the two passes.
+The gradient of s with respect to u is replaced by alpha/2 / (1 + (pi/2 * alpha * (u - threshold))^2), which is
+1 / (1 + (pi * (u - threshold))^2) at the default alpha = 2; it flows through the charging (``decay * u`` and ``x``)
+and not through the reset signal. Every backward pass computes the membranes again from the input, so the input is
+all that is kept between the two passes.
 
 Letters: T time steps, B batch, C channels, K samples behind one channel's statistics.
 """
@@ -204,6 +205,11 @@ def _slope(alpha: float) -> float:
     return math.pi / 2 * alpha
 
 
+def _surrogate(v: Tensor, slope: float) -> Tensor:
+    """Derivative that stands in for the spike's, ``v`` above the threshold."""
+    return 1 / (1 + (slope * v).square()) * (slope / math.pi)
+
+
 def _check(
     current: Tensor,
     decay: float | Tensor,
@@ -306,7 +312,7 @@ class _Fire(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (v,) = ctx.saved_tensors
-        return 1 / (1 + (ctx.slope * v).square()) * grad, None
+        return _surrogate(v, ctx.slope) * grad, None
 
 
 class _TorchLif(torch.autograd.Function):
@@ -357,7 +363,7 @@ class _TorchLif(torch.autograd.Function):
         grad_decay = torch.zeros((), dtype=membranes[0].dtype, device=current.device)
         grad_threshold = torch.zeros_like(grad_decay)
         for t in range(len(membranes) - 1, -1, -1):
-            surrogate = 1 / (1 + (ctx.slope * (membranes[t] - threshold)).square())
+            surrogate = _surrogate(membranes[t] - threshold, ctx.slope)
             from_spikes = surrogate * grad[t].to(surrogate.dtype)
             through = from_spikes + carried
             grads.append(through)

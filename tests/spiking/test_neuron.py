@@ -89,9 +89,10 @@ def test_spikes_membranes_and_gradients_match_the_published_code(backend: str) -
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_equals_snntorch_to_the_last_bit(backend: str) -> None:
+@pytest.mark.parametrize("alpha", [2.0, 5.0])
+def test_equals_snntorch(backend: str, alpha: float) -> None:
     snntorch = pytest.importorskip("snntorch")
-    node = snntorch.Leaky(beta=0.5, threshold=1.0, spike_grad=snntorch.surrogate.atan())
+    node = snntorch.Leaky(beta=0.5, threshold=1.0, spike_grad=snntorch.surrogate.atan(alpha))
 
     def reference(x: Tensor) -> Tensor:
         membrane, spikes = node.reset_mem(), []
@@ -101,9 +102,12 @@ def test_equals_snntorch_to_the_last_bit(backend: str) -> None:
         return torch.stack(spikes)
 
     x, w = 1.5 * torch.randn(6, 3, 1111), torch.randn(6, 3, 1111)
-    ours, theirs = gradients(lambda x: lif(x, backend=backend), x, grad=w), gradients(reference, x, grad=w)
+    ours = gradients(lambda x: lif(x, alpha=alpha, backend=backend), x, grad=w)
+    theirs = gradients(reference, x, grad=w)
     assert torch.equal(ours[0], theirs[0])
-    assert torch.equal(ours[1], theirs[1])
+    if alpha == 2.0:
+        assert torch.equal(ours[1], theirs[1])
+    torch.testing.assert_close(ours[1], theirs[1])
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -150,7 +154,7 @@ def test_sharpness_scales_the_surrogate() -> None:
     x = torch.tensor([[1.3]], dtype=torch.float64)
     for backend in CPU_BACKENDS:
         _, grad = gradients(lambda x: lif(x, alpha=4.0, backend=backend), x, grad=torch.ones_like(x))  # noqa: B023
-        assert grad.item() == pytest.approx(1 / (1 + (2 * np.pi * 0.3) ** 2), rel=1e-12)
+        assert grad.item() == pytest.approx(2 / (1 + (2 * np.pi * 0.3) ** 2), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", FUSED_DTYPES)
@@ -166,7 +170,7 @@ def test_the_fused_kernels_equal_the_loop_to_the_last_bit(shape: tuple[int, ...]
 
 
 def test_bfloat16_is_rounded_to_nearest_even_and_keeps_nan_and_infinity() -> None:
-    # With decay 0 the gradient is the incoming one times the surrogate, here 1 / (1 + (pi/2 * alpha * v)^2).
+    # With decay 0 the gradient is the incoming one times the surrogate, here 1 / (1 + (pi * v)^2).
     x = torch.randn(1, 5000).bfloat16()
     w = torch.cat([torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38]), torch.randn(4996)])[None]
     _, grad = gradients(lambda x: lif(x, decay=0.0, backend="numba"), x, grad=w.bfloat16())
