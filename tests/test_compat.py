@@ -69,3 +69,23 @@ def test_the_installed_packages_that_need_torchvision_import_behind_the_shim():
         "print('imported')"
     )
     assert run(code).splitlines()[-1] == "imported"
+
+
+def test_kernels_find_a_private_cache_where_no_folder_can_be_written():
+    code = (
+        "import os, stat\nfrom pathlib import Path\n"
+        "from neurocl.compat import numba_cache\n"
+        "numba_cache.os.access = lambda path, mode: False\n"
+        "chosen = numba_cache.ensure_numba_cache()\n"
+        "import torch\nfrom neurocl import spiking\n"
+        "assert spiking.lif(torch.ones(3, 4)).shape == (3, 4)\n"
+        "print(stat.S_IMODE(os.stat(chosen).st_mode) == 0o700, any(chosen.iterdir()))"
+    )
+    assert run(code) == "True True"
+
+
+def test_a_writable_folder_needs_no_other_cache(tmp_path, monkeypatch):
+    from neurocl.compat.numba_cache import ensure_numba_cache
+
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    assert ensure_numba_cache([tmp_path / "not" / "yet" / "there"]) is None

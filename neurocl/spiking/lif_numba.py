@@ -24,6 +24,10 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
+from neurocl.compat.numba_cache import ensure_numba_cache
+
+ensure_numba_cache()
+
 Array = NDArray[Any]
 
 STATE_DTYPES: dict[torch.dtype, Any] = {

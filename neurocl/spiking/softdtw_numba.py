@@ -23,6 +23,7 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
+from neurocl.compat.numba_cache import ensure_numba_cache
 from neurocl.spiking.softdtw_lanes import (
     VECTOR_BYTES,
     exp_nonpositive,
@@ -35,6 +36,8 @@ from neurocl.spiking.softdtw_lanes import (
     where_less,
     write_block,
 )
+
+ensure_numba_cache()
 
 # Work below which waking a second thread costs more than it saves, where one cell of the recursion counts as much
 # as ten features of its distance.

@@ -92,7 +92,8 @@ def test_export_says_what_was_written_and_checked(runs):
     pytest.importorskip("nir", reason="needs the package nir")
     result = call("export", runs / "spiking")
     assert result.exit_code == 0, result.exception
-    assert "model.nir: 2 layers, 64 steps replayed, same spikes" in result.stdout
+    assert "model.nir: 2 layers of neurons" in result.stdout
+    assert "over 64 steps replayed from the file, all equal" in result.stdout
 
 
 def test_other_formats_and_ordinary_runs_are_refused(runs):
