@@ -96,6 +96,11 @@ class Registry:
                 return entry
         choices = self.names(area)
         kind = self.kind.removesuffix("s")
+        for entry in self.entries():
+            if entry.name == name:
+                raise UserError(
+                    f"{kind} {name!r} is for `neurocl {' or '.join(entry.areas)}`, not for `neurocl {area}`"
+                )
         raise UserError(f"unknown {kind} {name!r}{did_you_mean(name, choices)} (choose from {', '.join(choices)})")
 
     def load(self, name: str, area: str | None = None) -> Any:

@@ -64,19 +64,22 @@ class Row:
         return f"{shown} {plus_minus} {std:.{decimals}f}" if self.num_runs > 1 else shown
 
 
-def read_results(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """The results of runs, each with its folder under ``"run"``.
+def read_results(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results of runs, each with its folder under ``"run"``, and a note for every run that has none yet.
 
     Raises:
-        UserError: a run without a result, or one that has not learnt a task yet.
+        UserError: no run has a result, or one is damaged.
     """
-    documents = []
+    documents, notes = [], []
     for folder in folders:
-        document = folder.read_result()
-        if not document.get("metrics"):
-            raise UserError(f"{folder.path} has not finished its first task; continue it with --resume {folder.path}")
-        documents.append({**document, "run": str(folder.path)})
-    return documents
+        document = folder.read_result() if folder.has_result() else {}
+        if document.get("metrics"):
+            documents.append({**document, "run": str(folder.path)})
+        else:
+            notes.append(f"{folder.path} has no result yet; continue it with --resume {folder.path}")
+    if not documents:
+        raise UserError(notes[0])
+    return documents, notes
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

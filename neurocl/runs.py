@@ -183,6 +183,9 @@ class RunFolder:
     def write_result(self, result: Mapping[str, Any]) -> None:
         write_atomically(self.path / "result.json", json.dumps({"schema": RESULT_SCHEMA, **result}, indent=1))
 
+    def has_result(self) -> bool:
+        return (self.path / "result.json").exists()
+
     def read_result(self) -> dict[str, Any]:
         """The result of the run.
 

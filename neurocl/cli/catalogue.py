@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neurocl.cli.options import DebugOption, JsonOption
+from neurocl.cli.options import JsonOption
 from neurocl.errors import UserError
 from neurocl.registry import did_you_mean
 
@@ -50,7 +50,6 @@ def list_names(
         str | None, typer.Argument(help="methods, datasets, backbones or recipes.", show_default="all")
     ] = None,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """List what can be chosen by name, plug-ins included."""
     if group is not None and group not in GROUPS:
@@ -69,7 +68,7 @@ def list_names(
             table.add_column(column, no_wrap=column != "what it is")
         for row in rows:
             origin = "" if row["source"] == "neurocl" else f"  [{row['source']}]"
-            table.add_row(row["name"], ", ".join(row["areas"]), row["summary"] + origin)
+            table.add_row(row["name"], ", ".join(row["areas"] or ("continual", "spiking")), row["summary"] + origin)
         console.print(table)
         console.print()
 
@@ -77,7 +76,6 @@ def list_names(
 def info(
     name: Annotated[str, typer.Argument(help="A method, data set, backbone or recipe.")],
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Explain one name: what it is, its options with defaults, its source."""
     describers: dict[str, Callable[[Any], dict[str, Any]]] = {
@@ -149,6 +147,8 @@ def _describe_backbone(entry: Any) -> dict[str, Any]:
 
 
 def _describe_recipe(name: str) -> dict[str, Any]:
+    import yaml
+
     from neurocl.recipes import load_recipes
 
     recipes = {recipe.name: recipe for recipe in load_recipes()}
@@ -163,7 +163,7 @@ def _describe_recipe(name: str) -> dict[str, Any]:
         "source": recipe.source,
         "expected": [f"{e.metric} = {e.value} +- {e.tolerance}" for e in recipe.expected] or "no published figure",
         "run it": f"neurocl reproduce {name}",
-        "config": recipe.config,
+        "config": "\n\n" + yaml.safe_dump(recipe.config, sort_keys=False),
     }
 
 

@@ -12,7 +12,6 @@ from neurocl.cli.options import (
     RUN,
     STREAM,
     DataDirOption,
-    DebugOption,
     DeviceOption,
     JsonOption,
     QuietOption,
@@ -53,7 +52,7 @@ def train(
         int | None, typer.Option(help="Of everything random.", rich_help_panel=RUN, show_default="0")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Several runs: 0,1,2.", rich_help_panel=RUN, show_default=False)
+        str | None, typer.Option(help="Several runs: 0,1,2, or how many.", rich_help_panel=RUN, show_default=False)
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any of these.", rich_help_panel=RUN, show_default=False)
@@ -86,7 +85,6 @@ def train(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Train an ordinary network on a stream of tasks.
 
@@ -126,7 +124,7 @@ def train(
 
 
 @app.command()
-def config(debug: DebugOption = False) -> None:
+def config() -> None:
     """Print every configuration key with its default and meaning, as a YAML file to edit."""
     from neurocl.cli.training import print_config
 
@@ -139,7 +137,6 @@ def evaluate(
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Measure a run's checkpoint again on the tasks it has learnt."""
     from neurocl.cli.evaluation import evaluate_run
@@ -154,7 +151,6 @@ def resume(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Go on with an interrupted run; the same as `train --resume`."""
     from neurocl.cli.evaluation import resume_run

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from neurocl.cli.options import DebugOption, JsonOption
+from neurocl.cli.options import JsonOption
 
 REQUIRED = (
     "torch",
@@ -33,7 +33,7 @@ OPTIONAL = {
 }
 
 
-def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:
+def doctor(as_json: JsonOption = False) -> None:
     """Check versions, devices, threads, data folder and optional packages."""
     findings = examine()
     if as_json:

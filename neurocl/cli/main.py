@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -35,6 +36,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
 ) -> None:
     """Options that stand before the command."""
 
@@ -51,10 +53,14 @@ app.command("doctor", rich_help_panel="About neurocl")(doctor.doctor)
 
 def main() -> None:
     """Run the command line; a mistake ends in one line and its exit code, ``--debug`` shows the traceback."""
+    # Threads that spin while they wait make a busy machine many times slower; torch's runtime reads this when it loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    debug = "--debug" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        app()
+        app(arguments)
     except NeuroclError as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         typer.echo(f"neurocl: {error}", err=True)
         sys.exit(error.exit_code)

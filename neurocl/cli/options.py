@@ -19,7 +19,6 @@ RunsArgument = Annotated[
     list[Path], typer.Argument(help="Run folders, or folders of several seeds.", show_default=False)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DeviceOption = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=MACHINE, show_default="auto")

@@ -68,11 +68,12 @@ class TerminalProgress(RunProgress):
 
 
 class PlainProgress(RunProgress):
-    """Lines for logs: the start of every epoch and every evaluation."""
+    """Lines for logs: every task, every ten seconds, every evaluation."""
 
     def __init__(self) -> None:
         self._num_tasks = 1
         self._last: tuple[int, int] | None = None
+        self._printed = 0.0
 
     def _print(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -83,10 +84,12 @@ class PlainProgress(RunProgress):
         self._print(f"{description}: {num_tasks} tasks, {total_steps} steps{more}")
 
     def step(self, task: int, epoch: int, epochs: int, losses: Mapping[str, float], images_per_second: float) -> None:
-        if self._last != (task, epoch):
-            self._last = (task, epoch)
+        now = time.monotonic()
+        if now - self._printed > 10 or self._last is None or self._last[0] != task:
+            self._last, self._printed = (task, epoch), now
             loss = losses.get("total", 0.0)
-            self._print(f"task {task + 1}/{self._num_tasks} epoch {epoch + 1}/{epochs} first loss {loss:.4f}")
+            where = f"task {task + 1}/{self._num_tasks} epoch {epoch + 1}/{epochs}"
+            self._print(f"{where} loss {loss:.4f} {images_per_second:.0f} items/s")
 
     def evaluated(self, task: int, class_il: Sequence[float], task_il: Sequence[float]) -> None:
         self._print(f"after task {task + 1}: {_accuracies(class_il, task_il)}")

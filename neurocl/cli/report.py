@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
-from neurocl.cli.options import DebugOption, RunsArgument
+from neurocl.cli.options import RunsArgument
 
 
 def report(
     runs: RunsArgument,
     form: Annotated[str, typer.Option("--format", help="table, csv, json, md, latex or html.")] = "table",
     plots: Annotated[
-        bool, typer.Option("--plots", help="Draw accuracy per task, forgetting, accuracy matrices.")
+        bool,
+        typer.Option("--plots", help="Draw curves and matrices into RUN/plots, or ./plots for several."),
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Write the report here; plots go beside it.", show_default="stdout")
     ] = None,
-    debug: DebugOption = False,
 ) -> None:
     """Compare runs: mean ± standard deviation over the seeds of each setting.
 
@@ -32,7 +32,9 @@ def report(
 
     if form not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
-    documents = read_results(find_runs(runs))
+    documents, notes = read_results(find_runs(runs))
+    for note in notes:
+        typer.echo(f"left out: {note}", err=True)
     if form == "table":
         if out is not None:
             raise UserError("--out needs a file format: --format csv, json, md, latex or html")

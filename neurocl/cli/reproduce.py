@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neurocl.cli.options import DataDirOption, DebugOption, DeviceOption, JsonOption, QuietOption, ThreadsOption
+from neurocl.cli.options import DataDirOption, DeviceOption, JsonOption, QuietOption, ThreadsOption
 
 
 def reproduce(
@@ -20,7 +20,6 @@ def reproduce(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Run a recipe and compare its figures with the expected ones; exit code 1 if one is outside its tolerance."""
     from datetime import datetime

@@ -12,7 +12,6 @@ from neurocl.cli.options import (
     RUN,
     STREAM,
     DataDirOption,
-    DebugOption,
     DeviceOption,
     JsonOption,
     QuietOption,
@@ -61,7 +60,7 @@ def train(
         int | None, typer.Option(help="Of everything random.", rich_help_panel=RUN, show_default="0")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Several runs: 0,1,2.", rich_help_panel=RUN, show_default=False)
+        str | None, typer.Option(help="Several runs: 0,1,2, or how many.", rich_help_panel=RUN, show_default=False)
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any of these.", rich_help_panel=RUN, show_default=False)
@@ -91,7 +90,6 @@ def train(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Train a spiking network on a stream of tasks.
 
@@ -133,7 +131,7 @@ def train(
 
 
 @app.command()
-def config(debug: DebugOption = False) -> None:
+def config() -> None:
     """Print every configuration key with its default and meaning, as a YAML file to edit."""
     from neurocl.cli.training import print_config
 
@@ -146,7 +144,6 @@ def evaluate(
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Measure a run's checkpoint again on the tasks it has learnt."""
     from neurocl.cli.evaluation import evaluate_run
@@ -161,7 +158,6 @@ def resume(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Go on with an interrupted run; the same as `train --resume`."""
     from neurocl.cli.evaluation import resume_run
@@ -176,7 +172,6 @@ def energy(
     device: DeviceOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Firing rates, dead neurons, operations and energy of a run's network, beside its ANN twin."""
     from neurocl.cli.energy import print_energy
@@ -189,9 +184,11 @@ def export(
     run: RunArgument,
     to: Annotated[str, typer.Option(help="Format: nir.")] = "nir",
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="RUN/model.nir")] = None,
-    debug: DebugOption = False,
 ) -> None:
-    """Write a run's network for neuromorphic tools (NIR), after checking that it gives the same spikes."""
+    """Write a run's network for neuromorphic tools (NIR), after checking that it gives the same spikes.
+
+    NIR has neurons that reset at once to zero, so train with [bold]--set neuron.reset=hard[/bold]; others are refused.
+    """
     from neurocl.errors import UserError
 
     if to != "nir":

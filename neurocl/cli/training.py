@@ -31,15 +31,17 @@ class SeedList(Config):
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``"0,1,2"`` -> [0, 1, 2]; a single number n of two or more seeds is not guessed, it is that seed.
+    """``"0,1,2"`` -> [0, 1, 2], and a single number is how many: ``"3"`` -> [0, 1, 2].
 
     Raises:
-        UserError: not a comma-separated list of different non-negative integers.
+        UserError: not a positive number or a comma-separated list of different non-negative integers.
     """
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--seeds expects integers such as 0,1,2, got {text!r}") from None
+    if len(seeds) == 1 and seeds[0] > 0:
+        return list(range(seeds[0]))
     if any(seed < 0 for seed in seeds) or len(set(seeds)) != len(seeds):
         raise UserError(f"--seeds expects different non-negative integers, got {text!r}")
     return seeds

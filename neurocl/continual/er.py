@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from neurocl.continual.method import Batch, Method, MethodConfig, Setting
@@ -16,7 +17,7 @@ from neurocl.continual.method import Batch, Method, MethodConfig, Setting
 class ErConfig(MethodConfig):
     """Hyper-parameters of experience replay."""
 
-    policy: Literal["reservoir", "balanced"] = "reservoir"
+    policy: Literal["reservoir", "balanced"] = Field("reservoir", description="how memory slots are given away")
 
 
 class Er(Method):

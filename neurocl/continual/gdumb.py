@@ -29,8 +29,8 @@ class GdumbConfig(MethodConfig):
     fit_after: Literal["every", "last"] = Field(
         "every", description="train after every task or after the last one only"
     )
-    max_lr: float = Field(0.05, gt=0)
-    min_lr: float = Field(5e-4, ge=0)
+    max_lr: float = Field(0.05, gt=0, description="of the cosine with warm restarts")
+    min_lr: float = Field(5e-4, ge=0, description="where each cosine ends")
     cutmix: float = Field(0.5, ge=0, le=1, description="probability that a batch is cut-mixed (pictures only)")
 
 

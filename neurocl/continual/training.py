@@ -41,6 +41,7 @@ from neurocl.registry import did_you_mean
 from neurocl.runs import RunFolder
 
 AUGMENT_STREAM = 2
+LARGE_FOR_A_CPU = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def build_scenario(config: TrainConfig) -> Scenario:
     Raises:
         UserError: the data set is absent or broken, or sizes and orders do not fit it.
     """
+    if config.data_dir is not None and not config.data_dir.is_dir():
+        raise UserError(f"data_dir {config.data_dir} is not a folder")
     benchmark = load_benchmark(config.dataset)
     dataset = load_dataset(config.dataset, data_dir=config.data_dir, timesteps=config.frames or 1)
     if dataset.is_events and config.frames is None:
@@ -229,18 +232,32 @@ def _document(loop: Loop, status: str, error: str | None) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What a configuration stands for: everything that can be wrong with it has been found once these exist."""
+
+    runtime: Runtime
+    scenario: Scenario
+    method: Method
+
+
+def _build(config: TrainConfig) -> _Parts:
+    runtime = prepare(config.device, config.precision, config.threads, keep_memory=config.keep_memory)
+    scenario = build_scenario(config)
+    return _Parts(runtime, scenario, build_method(config, scenario, runtime))
+
+
 def _run(
     config: TrainConfig,
+    parts: _Parts,
     folder: RunFolder | None,
     progress: Progress | None,
     *,
     continuing: bool,
     stop_after_task: int | None,
 ) -> RunResult:
-    runtime = prepare(config.device, config.precision, config.threads, keep_memory=config.keep_memory)
-    scenario = build_scenario(config)
-    method = build_method(config, scenario, runtime)
-    loop = Loop(config, method, scenario, runtime, folder, progress or Progress())
+    runtime, scenario = parts.runtime, parts.scenario
+    loop = Loop(config, parts.method, scenario, runtime, folder, progress or Progress())
     if continuing and folder is not None and folder.has_checkpoint():
         loop.load()
     status, failure = "failed", None
@@ -302,6 +319,13 @@ def train(
         raise UserError(f"give either a config or values, not both (got {', '.join(values)})")
     if config is None:
         config = resolve(values.pop("area", "continual"), values)
+    parts = _build(config)
+    weights = sum(parameter.numel() for parameter in parts.method.network.parameters())
+    if progress is not None and parts.runtime.device.type == "cpu" and weights > LARGE_FOR_A_CPU:
+        progress.message(
+            f"note: {config.backbone} has {weights / 1e6:.1f} million weights and takes seconds per step on a CPU; "
+            "the small backbones in `neurocl list backbones` are made for one"
+        )
     folder = None
     if keep:
         stem = f"{config.area}-{config.method}-{Path(config.dataset).stem}-{config.seed}"
@@ -309,7 +333,7 @@ def train(
         folder.acquire()
         folder.write_config(configuration.to_yaml(config))
     try:
-        return _run(config, folder, progress, continuing=False, stop_after_task=stop_after_task)
+        return _run(config, parts, folder, progress, continuing=False, stop_after_task=stop_after_task)
     finally:
         if folder is not None:
             folder.release()
@@ -341,7 +365,7 @@ def resume(
     config = config.model_copy(update={key: value for key, value in changes.items() if value is not None})
     folder.acquire()
     try:
-        return _run(config, folder, progress, continuing=True, stop_after_task=stop_after_task)
+        return _run(config, _build(config), folder, progress, continuing=True, stop_after_task=stop_after_task)
     finally:
         folder.release()
 

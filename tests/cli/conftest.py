@@ -35,6 +35,8 @@ def inside(tmp_path, monkeypatch, capfd) -> Callable[..., subprocess.CompletedPr
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.delenv("NEUROCL_DATA", raising=False)
+        monkeypatch.setenv("NEUROCL_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(sys, "argv", ["neurocl", *map(str, arguments)])
         capfd.readouterr()
         code: object = 0

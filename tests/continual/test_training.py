@@ -165,7 +165,7 @@ def test_nan_in_the_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
         ({"epochs": 0}, "epochs: input should be greater than or equal to 1, got 0"),
         ({"optimizer": {"learning_rate": 1}}, "unknown key 'optimizer.learning_rate'"),
         ({"method": "er", "options": {"beta": 1}}, "options of er: unknown key 'beta'"),
-        ({"method": "staer"}, "unknown method 'staer'"),
+        ({"method": "staer"}, "method 'staer' is for `neurocl spiking`"),
         ({"area": "spiking", "method": "staer", "timesteps": 3}, "even number of timesteps"),
         ({"backbone": "mlp", "backbone_options": {"widht": 3}}, "no option 'widht'"),
         ({"task_sizes": (6, 6)}, "sum to at most 10"),

@@ -19,7 +19,7 @@ from neurocl.errors import UserError
 
 DEFAULTS = {
     # name: tasks x classes, epochs, batch size, augmentation, shape
-    "seq-digits": (5, 2, 5, 16, "none", (1, 8, 8)),
+    "seq-digits": (5, 2, 20, 16, "none", (1, 8, 8)),
     "seq-mnist": (5, 2, 1, 10, "none", (1, 28, 28)),
     "seq-fashion-mnist": (5, 2, 1, 10, "none", (1, 28, 28)),
     "seq-kmnist": (5, 2, 1, 10, "none", (1, 28, 28)),
