@@ -85,11 +85,13 @@ class PlainProgress(RunProgress):
 
     def step(self, task: int, epoch: int, epochs: int, losses: Mapping[str, float], images_per_second: float) -> None:
         now = time.monotonic()
-        if now - self._printed > 10 or self._last is None or self._last[0] != task:
+        fresh = self._last is None or self._last[0] != task
+        if fresh or now - self._printed > 10:
+            # the first step of a task has nothing to average its speed over
+            rate = "" if fresh else f" {images_per_second:.0f} items/s"
             self._last, self._printed = (task, epoch), now
             loss = losses.get("total", 0.0)
-            where = f"task {task + 1}/{self._num_tasks} epoch {epoch + 1}/{epochs}"
-            self._print(f"{where} loss {loss:.4f} {images_per_second:.0f} items/s")
+            self._print(f"task {task + 1}/{self._num_tasks} epoch {epoch + 1}/{epochs} loss {loss:.4f}{rate}")
 
     def evaluated(self, task: int, class_il: Sequence[float], task_il: Sequence[float]) -> None:
         self._print(f"after task {task + 1}: {_accuracies(class_il, task_il)}")

@@ -28,6 +28,7 @@ def test_smoke_runs_the_whole_path_and_says_what_next(neurocl, tmp_path):
     assert yaml.safe_load((run / "config.yaml").read_text())["method"] == "staer"
 
 
+@pytest.mark.slow
 def test_seeds_evaluate_and_report_in_every_format(neurocl, tmp_path):
     assert neurocl("continual", "train", *QUICK, "--method", "er", "--seeds", "0,1", "--out", "er").returncode == 0
     assert neurocl("continual", "train", *QUICK, "--method", "sgd", "--out", "sgd").returncode == 0

@@ -42,6 +42,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_run_killed_again_and_again_ends_with_the_same_numbers(start, neurocl, tmp_path, whole, seed):
     run = tmp_path / "run"
@@ -84,6 +85,7 @@ def test_an_interrupt_writes_a_checkpoint_and_exits_130(start, neurocl, tmp_path
     assert numbers(run) == numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_killed_series_of_seeds_goes_on_where_it_was(start, neurocl, tmp_path):
     arguments = ("continual", "train", *QUICK, "--method", "er", "--seeds", "0,1,2")
     assert neurocl(*arguments, "--out", "whole").returncode == 0
@@ -106,6 +108,7 @@ def test_two_processes_cannot_work_in_one_run(start, neurocl, tmp_path):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_saved(neurocl, tmp_path):
     run = tmp_path / "run"
     assert neurocl(*RUN, "--out", run, "--stop-after-task", 2).returncode == 0
@@ -132,6 +135,7 @@ def tensors_of(run: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_left_alone(neurocl, stopped):
     path = tensors_of(stopped)
     good = path.read_bytes()
