@@ -87,6 +87,8 @@ def prepare(device: str, precision: str, threads: int | None, *, keep_memory: bo
     if keep_memory and resolved.type == "cpu":
         keep_freed_memory()
     if resolved.type == "cuda":
+        # kernels and counters address the current device, not the tensors' one
+        torch.cuda.set_device(resolved)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from neurocl.errors import UserError
-from neurocl.runs import RunFolder, write_atomically
+from neurocl.runs import RunFolder, make_folder, write_atomically
 
 FORMATS = ("table", "csv", "json", "md", "latex", "html")
 
@@ -71,7 +72,7 @@ def read_results(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], li
         UserError: no run has a result, or one is damaged.
     """
     documents, notes = [], []
-    for folder in folders:
+    for folder in {folder.path.resolve(): folder for folder in folders}.values():
         document = folder.read_result() if folder.has_result() else {}
         if document.get("metrics"):
             documents.append({**document, "run": str(folder.path)})
@@ -95,7 +96,10 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def group(documents: Sequence[dict[str, Any]]) -> list[Row]:
     """Rows of a table, in the order of first appearance; the label names what differs between rows."""
     settings = [
-        {key: value for key, value in _flat(document["config"]).items() if key not in RUN_ONLY}
+        {
+            **{key: value for key, value in _flat(document["config"]).items() if key not in RUN_ONLY},
+            "tasks learnt": len(document["accuracy"]["class_il"]),
+        }
         for document in documents
     ]
     keys = sorted({key for setting in settings for key in setting})
@@ -144,6 +148,7 @@ def _protocol(documents: Sequence[dict[str, Any]]) -> str:
 def print_summary(documents: Sequence[dict[str, Any]], *, stderr: bool = False) -> None:
     """The table as the terminal shows it."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(stderr=stderr, highlight=False)
@@ -155,15 +160,16 @@ def print_summary(documents: Sequence[dict[str, Any]], *, stderr: bool = False) 
     for row in group(documents):
         seconds = np.mean([document["seconds"]["total"] for document in row.documents])
         cells = [row.cell(title, decimals=1 if row.num_runs > 1 else 2) for title in COLUMNS]
-        table.add_row(row.label, str(row.num_runs), *cells, f"{seconds:.0f}")
-    console.print(f"[bold]{_protocol(documents)}[/bold]")
+        table.add_row(escape(row.label), str(row.num_runs), *cells, f"{seconds:.0f}")
+    console.print(f"[bold]{escape(_protocol(documents))}[/bold]")
     console.print(table)
     unfinished = [document for document in documents if document["status"] != "finished"]
     for document in unfinished:
         done = len(document["accuracy"]["class_il"])
         console.print(
             f"{document['method']}, seed {document['seed']}: {document['status']} after {done} of "
-            f"{len(document['protocol']['tasks'])} tasks; its figures are over those"
+            f"{len(document['protocol']['tasks'])} tasks; its figures are over those",
+            markup=False,
         )
 
 
@@ -309,11 +315,14 @@ def save_plots(documents: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Write every figure as PNG and SVG into ``folder``; returns the paths."""
     from neurocl.plots import figures
 
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    make_folder(folder)
+    written: list[Path] = []
     for form in ("png", "svg"):
         for name, data in figures(group(documents), form).items():
-            path = folder / f"{name.lower().replace(' ', '-').replace(',', '')}.{form}"
+            stem = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")[:100]
+            path = folder / f"{stem}.{form}"
+            if path in written:
+                path = folder / f"{stem}-{len(written)}.{form}"
             write_atomically(path, data)
             written.append(path)
     return written

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -28,6 +29,7 @@ from neurocl.errors import RunError, UserError
 
 RESULT_SCHEMA = 1
 CHECKPOINT_SCHEMA = 1
+RESULT_KEYS = {"schema", "status", "config", "protocol", "accuracy", "metrics", "seconds", "method", "dataset", "seed"}
 MAX_JSON_BYTES = 64 << 20
 
 
@@ -51,6 +53,8 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def _write_error(path: Path, error: OSError) -> RunError:
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return RunError(f"cannot write {path}: a file of that name is in the way")
     reason = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
@@ -59,6 +63,34 @@ def _write_error(path: Path, error: OSError) -> RunError:
         errno.EROFS: "the file system is read-only",
     }.get(error.errno or 0, error.strerror or str(error))
     return RunError(f"cannot write {path}: {reason}; what was saved before is intact")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        RunError: the disk is full, read-only or not ours, or a file stands in the way.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _write_error(path, error) from None
+
+
+def fresh_folder(stem: str) -> Path:
+    """Make and return an empty folder ``runs/<stem>-<time>`` that no other process was given."""
+    make_folder(Path("runs"))
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for count in itertools.count(1):
+        path = Path("runs") / (f"{stem}-{stamp}" if count == 1 else f"{stem}-{stamp}-{count}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _write_error(path, error) from None
+        break
+    return path
 
 
 def read_json(path: Path) -> Any:
@@ -111,22 +143,12 @@ class RunFolder:
             UserError: ``out`` holds a run already or is not an empty folder.
             RunError: the folder cannot be made.
         """
-        path = out
-        if path is None:
-            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-            path = Path("runs") / f"{stem}-{stamp}"
-            count = 1
-            while path.exists():
-                count += 1
-                path = Path("runs") / f"{stem}-{stamp}-{count}"
+        path = fresh_folder(stem) if out is None else out
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             if (path / "config.yaml").exists():
                 raise UserError(f"{path} holds a run already; continue it with --resume {path} or choose another --out")
             raise UserError(f"{path} is not an empty folder; choose another --out")
-        try:
-            (path / "checkpoint").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _write_error(path, error) from None
+        make_folder(path / "checkpoint")
         return cls(path)
 
     @classmethod
@@ -150,6 +172,8 @@ class RunFolder:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(f"{self.path} is in use by another process") from None
+        except OSError as error:
+            raise _write_error(self.path, error) from None
 
     def release(self) -> None:
         self._lock.release()
@@ -181,7 +205,9 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        write_atomically(self.path / "result.json", json.dumps({"schema": RESULT_SCHEMA, **result}, indent=1))
+        write_atomically(
+            self.path / "result.json", json.dumps({"schema": RESULT_SCHEMA, **result}, indent=1, allow_nan=False)
+        )
 
     def has_result(self) -> bool:
         return (self.path / "result.json").exists()
@@ -196,8 +222,8 @@ class RunFolder:
         if not path.exists():
             raise UserError(f"{self.path} has no result yet; finish it with --resume {self.path}")
         result = read_json(path)
-        if not isinstance(result, dict) or "schema" not in result:
-            raise UserError(f"{path}: not a neurocl result")
+        if not isinstance(result, dict) or not result.keys() >= RESULT_KEYS:
+            raise UserError(f"{path}: not a neurocl result, or an incomplete one")
         if result["schema"] > RESULT_SCHEMA:
             raise UserError(f"{path}: written by a newer neurocl (schema {result['schema']})")
         return result
@@ -245,12 +271,13 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         return (self.path / "checkpoint" / "state.json").exists()
 
-    def load_checkpoint(self, *, rewind_metrics: bool = False) -> Checkpoint:
-        """Read the current checkpoint and verify it.
+    def rewind_metrics(self, size: int = 0) -> None:
+        """Cut ``metrics.jsonl`` back to the ``size`` it had at the checkpoint, so that every record is logged once."""
+        if self.metrics_path.exists():
+            os.truncate(self.metrics_path, min(size, self.metrics_path.stat().st_size))
 
-        Args:
-            rewind_metrics: cut ``metrics.jsonl`` back to where it stood when the checkpoint was
-                written, so that a resumed run logs every record once.
+    def load_checkpoint(self) -> Checkpoint:
+        """Read the current checkpoint and verify it; nothing is changed.
 
         Raises:
             UserError: no checkpoint, or a file that is truncated, changed or foreign.
@@ -274,8 +301,6 @@ class RunFolder:
             tensors = load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path}: not a safetensors file ({error})") from None
-        if rewind_metrics and self.metrics_path.exists():
-            os.truncate(self.metrics_path, min(state.get("metrics_bytes", 0), self.metrics_path.stat().st_size))
         return Checkpoint(tensors, state, state["sha256"])
 
 

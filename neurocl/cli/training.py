@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from neurocl.config import Config, merged, parse_overrides, read_yaml, to_yaml
-from neurocl.errors import UserError
+from neurocl.errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from neurocl.continual.training import RunResult
@@ -71,16 +73,16 @@ def run_training(
     given = {key: value for key, value in flags.items() if value is not None}
     stop = None if stop_after_task is None else stop_after_task - 1
     if resume_path is not None:
-        allowed = {"device", "threads"}
-        clash = sorted(given.keys() - allowed - {"data_dir"})
+        allowed = {"device", "threads", "data_dir"}
+        clash = sorted(given.keys() - allowed)
         if clash or config_file or assignments or seeds or out or smoke:
             named = f"--{clash[0].replace('_', '-')}" if clash else "an option that changes the run"
             raise UserError(f"--resume continues a run with its own configuration; drop {named}")
-        results = _resume(resume_path, given.get("device"), given.get("threads"), stop, quiet)
+        results = _resume(resume_path, {key: given.get(key) for key in allowed}, stop, quiet)
     else:
         layers = [read_yaml(config_file) if config_file else {}, parse_overrides(assignments), _nested(given)]
         if smoke:
-            layers = [*_smoke_network(area, layers), layers[0], SMOKE, *layers[1:]]
+            layers = [*_smoke_network(area, layers), layers[0], _smoke_budget(merged(*layers)), *layers[1:]]
         results = _start(area, merged(*layers), seeds, out, stop, quiet)
     _print_end(results, as_json)
 
@@ -94,6 +96,14 @@ def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _smoke_budget(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``SMOKE`` with room in memory for every class of the data set."""
+    from neurocl.data.catalog import load_benchmark
+
+    classes = sum(load_benchmark(str(values.get("dataset", "seq-digits"))).task_sizes)
+    return {**SMOKE, "buffer_size": max(SMOKE["buffer_size"], classes)}
+
+
 def _smoke_network(area: str, layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A tiny network for ``--smoke`` unless the user chose one."""
     return [] if any("backbone" in layer for layer in layers) else [SMOKE_NETWORKS[area]]
@@ -104,6 +114,7 @@ def _start(
 ) -> list[RunResult]:
     from neurocl.cli.progress import make_progress
     from neurocl.continual.training import resolve, train
+    from neurocl.runs import write_atomically
 
     if seeds is None:
         config = resolve(area, values)
@@ -113,44 +124,54 @@ def _start(
     numbers = parse_seeds(seeds)
     configs = [resolve(area, values, {"seed": seed}) for seed in numbers]
     parent = _make_parent(configs[0], out)
-    (parent / "seeds.yaml").write_text(
-        to_yaml(SeedList(area=area, seeds=tuple(numbers), config=configs[0].model_dump(mode="json"))), encoding="utf-8"
-    )
-    return [
-        train(config, out=parent / f"seed-{config.seed}", progress=make_progress(quiet), stop_after_task=stop)
-        for config in configs
-    ]
+    plan = SeedList(area=area, seeds=tuple(numbers), config=configs[0].model_dump(mode="json"))
+    write_atomically(parent / "seeds.yaml", to_yaml(plan))
+    with _hint_names(parent):
+        return [
+            train(config, out=parent / f"seed-{config.seed}", progress=make_progress(quiet), stop_after_task=stop)
+            for config in configs
+        ]
+
+
+@contextmanager
+def _hint_names(parent: Path) -> Iterator[None]:
+    """An interrupted series of seeds is resumed as a whole."""
+    try:
+        yield
+    except Interrupted as stop:
+        raise Interrupted(re.sub(r"--resume .*", lambda match: f"--resume {parent}", str(stop))) from None
 
 
 def _make_parent(config: Any, out: Path | None) -> Path:
-    from datetime import datetime
+    from neurocl.runs import fresh_folder, make_folder
 
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    stem = f"{config.area}-{config.method}-{Path(config.dataset).stem}-seeds-{stamp}"
-    parent = out if out is not None else Path("runs") / stem
-    if parent.exists() and any(parent.iterdir()):
-        raise UserError(f"{parent} is not an empty folder; choose another --out")
-    parent.mkdir(parents=True, exist_ok=True)
-    return parent
+    if out is None:
+        return fresh_folder(f"{config.area}-{config.method}-{Path(config.dataset).stem}-seeds")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; choose another --out")
+    make_folder(out)
+    return out
 
 
-def _resume(path: Path, device: str | None, threads: int | None, stop: int | None, quiet: bool) -> list[RunResult]:
+def _resume(path: Path, changes: Mapping[str, Any], stop: int | None, quiet: bool) -> list[RunResult]:
     from neurocl.cli.progress import make_progress
     from neurocl.config import validate
     from neurocl.continual.training import resolve, resume, train
 
     if not (path / "seeds.yaml").is_file():
-        return [resume(path, progress=make_progress(quiet), device=device, threads=threads, stop_after_task=stop)]
+        return [resume(path, progress=make_progress(quiet), stop_after_task=stop, **changes)]
     plan = validate(SeedList, read_yaml(path / "seeds.yaml"), source=str(path / "seeds.yaml"))
+    given = {key: value for key, value in changes.items() if value is not None}
     results = []
-    for seed in plan.seeds:
-        folder = path / f"seed-{seed}"
-        progress = make_progress(quiet)
-        if (folder / "config.yaml").is_file():
-            results.append(resume(folder, progress=progress, device=device, threads=threads, stop_after_task=stop))
-        else:
-            config = resolve(plan.area, plan.config, {"seed": seed})
-            results.append(train(config, out=folder, progress=progress, stop_after_task=stop))
+    with _hint_names(path):
+        for seed in plan.seeds:
+            folder = path / f"seed-{seed}"
+            progress = make_progress(quiet)
+            if (folder / "config.yaml").is_file():
+                results.append(resume(folder, progress=progress, stop_after_task=stop, **changes))
+            else:
+                config = resolve(plan.area, plan.config, given, {"seed": seed})
+                results.append(train(config, out=folder, progress=progress, stop_after_task=stop))
     return results
 
 

@@ -16,10 +16,18 @@ class OptimizerConfig(Config):
     """The optimiser; a new one is made at every task."""
 
     name: OptimizerName = "sgd"
-    lr: float = Field(0.1, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(0.1, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD only")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam and AdamW only")
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both betas must lie in 0 <= beta < 1")
+        return value
+
     clip_norm: float | None = Field(None, gt=0, description="clip the gradient's norm to this")
 
 
@@ -44,7 +52,7 @@ class TrainConfig(Config):
     )
     milestones: tuple[int, ...] = Field((), description="multistep: epochs after which lr is multiplied by 0.1")
     augment: Literal["none", "crop-flip", "strong"] = "none"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     permute_classes: bool = Field(False, description="order of classes drawn from the seed")
     class_order: tuple[int, ...] | None = Field(None, description="explicit order of the original class ids")
     task_sizes: tuple[int, ...] | None = Field(None, description="classes per task; default the benchmark's")
@@ -60,6 +68,13 @@ class TrainConfig(Config):
     checkpoint_seconds: float = Field(60.0, ge=0, description="write a checkpoint at least this often")
     forward_transfer: bool = Field(False, description="also evaluate every task before training on it")
     tensorboard: bool = False
+
+    @field_validator("dataset")
+    @classmethod
+    def _absolute_file(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError("a name of printable characters is needed")
+        return str(Path(value).expanduser().resolve()) if value.endswith(".npz") else value
 
     @field_validator("data_dir")
     @classmethod

@@ -16,7 +16,8 @@ from neurocl.continual.losses import time_mean
 from neurocl.continual.method import Batch, Method, MethodConfig, Setting
 from neurocl.continual.scenario import Task
 
-CHUNK = 64
+GRADIENT_VALUES = 1 << 25  # of all samples in one chunk
+LARGEST_CHUNK = 64
 
 
 class EwcConfig(MethodConfig):
@@ -69,8 +70,10 @@ class EwcOnline(Method):
 
         per_sample = torch.func.vmap(torch.func.grad_and_value(log_probability), in_dims=(None, 0, 0))
         sums = [torch.zeros_like(value) for value in parameters.values()]
+        size = sum(value.numel() for value in parameters.values())
+        chunk = max(1, min(LARGEST_CHUNK, GRADIENT_VALUES // size))
         self.network.eval()
-        for raw, y in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
+        for raw, y in zip(images.split(chunk), labels.split(chunk), strict=True):
             gradients, values = per_sample(parameters, self.setting.augment.normalise(raw.to(labels.device)), y)
             weights = values.exp()
             for total, name in zip(sums, self.learnt, strict=True):

@@ -13,7 +13,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from neurocl.continual.losses import cross_entropy
 from neurocl.continual.method import Batch, Method, MethodConfig, Setting
 from neurocl.continual.scenario import Task
 from neurocl.devices import generator_for
@@ -51,6 +50,7 @@ class Gdumb(Method):
     """No gradient step on the stream; ``end_task`` trains a fresh copy of the initial network on the memory."""
 
     Config: ClassVar[type[MethodConfig]] = GdumbConfig
+    stream_epochs = 1  # a second pass would fill the memory with duplicates
 
     def __init__(self, network: nn.Module, setting: Setting, config: GdumbConfig) -> None:
         super().__init__(network, setting, config)
@@ -88,7 +88,7 @@ class Gdumb(Method):
     def _loss(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Cross-entropy, of a cut-mixed batch with the configured probability (Yun et al., 2019)."""
         if x.ndim != 4 or float(torch.rand((), generator=generator)) >= self.options.cutmix:
-            return cross_entropy(self.network(x), y)
+            return self.classification_loss(self.network(x), y)
         height, width = x.shape[-2:]
         share = float(torch.rand((), generator=generator))
         side = math.sqrt(1 - share)
@@ -102,4 +102,4 @@ class Gdumb(Method):
         mixed[..., rows, columns] = x[partner][..., rows, columns]
         kept = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
         logits = self.network(mixed)
-        return kept * cross_entropy(logits, y) + (1 - kept) * cross_entropy(logits, y[partner])
+        return kept * self.classification_loss(logits, y) + (1 - kept) * self.classification_loss(logits, y[partner])

@@ -7,6 +7,8 @@ that changes (network, memories, optimiser, random generators, running sums) is 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import signal
 import threading
@@ -32,6 +34,7 @@ from neurocl.runs import RunFolder
 
 ORDER_STREAM = 1
 EVALUATION_BATCH = 256
+RESUME_MAY_CHANGE = ("device", "threads", "data_dir", "checkpoint_seconds", "keep_memory", "tensorboard")
 
 
 def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -131,15 +134,17 @@ class Loop:
         self.folder = folder
         self.progress = progress
         self.joint = config.method == "joint"
+        self.epochs = method.stream_epochs or config.epochs
         self.num_stages = 1 if self.joint else len(scenario)
         self.position = Position()
         self.record = Record()
         self.optimizer: torch.optim.Optimizer | None = None
         self.checkpoint_digest: str | None = None
         self._last_checkpoint = time.monotonic()
-        self._writer = self._tensorboard()
+        self._writer: Any = None
 
     def _tensorboard(self) -> Any:
+        """A writer whose points after the checkpoint are replaced, or None; opened once the position is known."""
         if not self.config.tensorboard or self.folder is None:
             return None
         try:
@@ -161,7 +166,11 @@ class Loop:
                 tensors |= {f"optimizer.{index}.{name}": v for name, v in values.items() if isinstance(v, Tensor)}
         tensors |= {f"random.{name}": value for name, value in random_state().items()}
         tensors["random.augment"] = self.method.setting.augment_generator.get_state()
-        state = {"position": asdict(self.position), "record": asdict(self.record)}
+        state = {
+            "config_sha256": config_digest(self.config),
+            "position": asdict(self.position),
+            "record": asdict(self.record),
+        }
         self.checkpoint_digest = self.folder.save_checkpoint(tensors, state)
         self._last_checkpoint = time.monotonic()
         self.record.seconds["checkpoint"] += self._last_checkpoint - started
@@ -173,7 +182,12 @@ class Loop:
             UserError: the checkpoint is damaged or belongs to another network or method.
         """
         assert self.folder is not None
-        checkpoint = self.folder.load_checkpoint(rewind_metrics=True)
+        checkpoint = self.folder.load_checkpoint()
+        if checkpoint.state.get("config_sha256") != config_digest(self.config):
+            raise UserError(
+                f"{self.folder.path}: the checkpoint belongs to another configuration than config.yaml; "
+                "undo the change, or start a new run with it"
+            )
         groups: dict[str, dict[str, Tensor]] = {"method": {}, "optimizer": {}, "random": {}}
         for name, value in checkpoint.tensors.items():
             group, _, rest = name.partition(".")
@@ -184,8 +198,11 @@ class Loop:
         try:
             self.position = Position(**checkpoint.state["position"])
             self.record = Record(**checkpoint.state["record"])
+            counters = (self.position.task, self.position.epoch, self.position.step, self.record.steps)
+            if not all(isinstance(value, int) and value >= 0 for value in counters):
+                raise TypeError("a counter is not a number")
         except (KeyError, TypeError) as error:
-            raise UserError(f"{self.folder.path}: the checkpoint's state is incomplete ({error})") from None
+            raise UserError(f"{self.folder.path}: the checkpoint's state is damaged ({error})") from None
         if self.position.begun:
             self.method.task_index = self.position.task
             self.optimizer = self._new_optimizer()
@@ -195,10 +212,12 @@ class Loop:
                 index, _, key = name.partition(".")
                 described["state"].setdefault(int(index), {})[key] = value
             self.optimizer.load_state_dict(described)
+            restore_layouts(self.optimizer)
         augment = groups["random"].pop("augment")
         self.method.setting.augment_generator.set_state(augment)
         restore_random_state(groups["random"])
         self.checkpoint_digest = checkpoint.digest
+        self.folder.rewind_metrics(checkpoint.state.get("metrics_bytes", 0))
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return self.method.setting.make_optimizer(self.method.network.parameters())
@@ -213,14 +232,15 @@ class Loop:
             Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
             RunError: the loss is not finite, or the disk is full.
         """
-        steps_per_task = [math.ceil(n / self.config.batch_size) * self.config.epochs for n in self._task_lengths()]
+        steps_per_task = [self._num_batches(n) * self.epochs for n in self._task_lengths()]
         name = f"{self.config.method} on {self.config.dataset}, seed {self.config.seed}"
         self.progress.start(name, self.num_stages, sum(steps_per_task), self.record.steps)
         last = self.num_stages if stop_after_task is None else min(self.num_stages, stop_after_task + 1)
+        self._writer = self._tensorboard()
         try:
             with StopRequest().listen() as stop:
                 if self.config.forward_transfer and self.record.untrained_class_il is None:
-                    rows = self.evaluate(len(self.scenario) - 1)
+                    rows = self.evaluate(len(self.scenario) - 1, 0)
                     self.record.untrained_class_il = json_row(rows[0])
                     self.record.untrained_task_il = json_row(rows[1])
                 while self.position.task < last:
@@ -230,12 +250,23 @@ class Loop:
                         else self.scenario.task(self.position.task, self.runtime.device)
                     )
                     self._train_task(task, stop)
+                    if stop.requested:
+                        self.save()
+                        raise Interrupted(self._interrupted_message())
                     self._close_task(task)
+                    if stop.requested and self.position.task < last:
+                        raise Interrupted(self._interrupted_message())
         finally:
             self.progress.stop()
             if self._writer is not None:
                 self._writer.close()
         return self.position.task >= self.num_stages
+
+    def _num_batches(self, num_items: int) -> int:
+        """Batches per epoch; a last batch of a single item joins the one before, since BatchNorm needs two."""
+        batches = math.ceil(num_items / self.config.batch_size)
+        lone = self.config.batch_size > 1 and num_items % self.config.batch_size == 1
+        return batches - 1 if lone and batches > 1 else batches
 
     def _task_lengths(self) -> list[int]:
         lengths = self.scenario.task_lengths
@@ -243,6 +274,7 @@ class Loop:
 
     def _train_task(self, task: Task, stop: StopRequest) -> None:
         position = self.position
+        began = time.monotonic()
         if not position.begun:
             self.method.train()
             self.method.begin_task(task)
@@ -252,8 +284,9 @@ class Loop:
         assert optimizer is not None
         images, labels = self.method.training_data(task)
         self.method.train()
-        steps = math.ceil(len(labels) / self.config.batch_size)
-        while position.epoch < self.config.epochs:
+        steps = self._num_batches(len(labels))
+        self.record.seconds["train"] += time.monotonic() - began
+        while position.epoch < self.epochs:
             rate = learning_rate(self.config, position.epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -264,7 +297,8 @@ class Loop:
             began, began_step = time.monotonic(), position.step
             while position.step < steps:
                 low = position.step * self.config.batch_size
-                index = order[low : low + self.config.batch_size].to(labels.device)
+                high = len(order) if position.step + 1 == steps else low + self.config.batch_size
+                index = order[low:high].to(labels.device)
                 self._step(self._batch(images, labels, index), optimizer, last=position.step + 1 == steps)
                 position.step += 1
                 self.record.steps += 1
@@ -273,7 +307,7 @@ class Loop:
                 self.progress.step(
                     task.index,
                     position.epoch,
-                    self.config.epochs,
+                    self.epochs,
                     {name: value / position.step for name, value in self.record.epoch_sums.items()},
                     done * self.config.batch_size / max(elapsed, 1e-9),
                 )
@@ -302,12 +336,17 @@ class Loop:
         return Batch(x, labels[index], raw, index)
 
     def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, *, last: bool) -> None:
-        with self.runtime.autocast():
-            terms = self.method.loss(batch)
+        try:
+            with self.runtime.autocast():
+                terms = self.method.loss(batch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError("BatchNorm sees one value per channel in a batch of one; use batch_size >= 2") from None
         if terms:
             total = torch.stack([term.float() for term in terms.values()]).sum()
+            (total / self.config.accumulate).backward()
             self._note_losses(terms, total)
-            (total / self.config.accumulate).backward()  # type: ignore[no-untyped-call]
             if last or (self.position.step + 1) % self.config.accumulate == 0:
                 if self.config.optimizer.clip_norm is not None:
                     nn.utils.clip_grad_norm_(self.method.network.parameters(), self.config.optimizer.clip_norm)
@@ -344,7 +383,9 @@ class Loop:
                 self._writer.add_scalar(f"loss/{name}", value, self.record.steps)
 
     def _close_task(self, task: Task) -> None:
+        began = time.monotonic()
         self.method.end_task(task)
+        self.record.seconds["train"] += time.monotonic() - began
         last = len(self.scenario) - 1 if self.joint else task.index
         class_il, task_il = self.evaluate(min(last + self.config.forward_transfer, len(self.scenario) - 1), last)
         self.record.class_il.append(json_row(class_il))
@@ -353,8 +394,8 @@ class Loop:
             entry = {"event": "evaluation", "task": task.index, "step": self.record.steps}
             self.folder.log({**entry, "class_il": json_row(class_il), "task_il": json_row(task_il)})
         if self._writer is not None:
-            self._writer.add_scalar("class_il", float(np.nanmean(class_il[: last + 1])), task.index)
-            self._writer.add_scalar("task_il", float(np.nanmean(task_il[: last + 1])), task.index)
+            self._writer.add_scalar("class_il", float(np.nanmean(class_il[: last + 1])), self.record.steps)
+            self._writer.add_scalar("task_il", float(np.nanmean(task_il[: last + 1])), self.record.steps)
         self.progress.evaluated(task.index, class_il[: last + 1], task_il[: last + 1])
         self.optimizer = None
         self.position = Position(task=task.index + 1)
@@ -390,6 +431,23 @@ class Loop:
         self.method.train(was_training)
         self.record.seconds["evaluate"] += time.monotonic() - started
         return class_il.tolist(), task_il.tolist()
+
+
+def config_digest(config: TrainConfig) -> str:
+    """SHA-256 of everything in a configuration that a resumed run may not change."""
+    fixed = config.model_dump(mode="json", exclude=set(RESUME_MAY_CHANGE))
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def restore_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimiser's tensors the memory layout of their parameters, which a checkpoint does not keep.
+
+    Fused optimisers walk parameter and moments through memory side by side.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
 
 
 def json_row(row: Iterable[float]) -> list[float | None]:

@@ -90,6 +90,8 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    #: passes over each task's stream where the method fixes them; None for the configured number
+    stream_epochs: ClassVar[int | None] = None
 
     def __init__(self, network: nn.Module, setting: Setting, config: MethodConfig) -> None:
         super().__init__()

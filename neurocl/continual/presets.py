@@ -85,6 +85,8 @@ def starting_values(
     values["optimizer"] = {"lr": rate}
     if key in OPTIONS:
         values["options"] = {name: _by_memory(value, buffer_size) for name, value in OPTIONS[key].items()}
+    if method == "lwf" and dataset in ("seq-mnist", "seq-cifar10"):
+        values["optimizer"]["weight_decay"] = 5e-4
     if key in REPLAY:
         values["replay_batch"] = _by_memory(REPLAY[key], buffer_size)
     if dataset == "seq-cifar100":

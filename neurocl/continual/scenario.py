@@ -122,9 +122,10 @@ class Scenario:
         self._test = [
             self._members(test_labels, test_index, task, max_test_per_class) for task in range(len(self.task_sizes))
         ]
-        for task, members in enumerate(self._train):
-            if not len(members):
-                raise UserError(f"task {task} of {dataset.name} has no training items")
+        for what, parts in (("training", self._train), ("test", self._test)):
+            for task, members in enumerate(parts):
+                if not len(members):
+                    raise UserError(f"task {task + 1} of {dataset.name} has no {what} items")
         self._train_images, self._train_labels = train_images, train_labels
         self._test_images, self._test_labels = test_images, test_labels
         self._test_cache: dict[int, tuple[Tensor, Tensor]] = {}

@@ -42,6 +42,7 @@ from neurocl.runs import RunFolder
 
 AUGMENT_STREAM = 2
 LARGE_FOR_A_CPU = 5_000_000
+WHOLE_SERIES_ONLY = ("er-ace", "lwf", "icarl")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,11 @@ def resolve(area: str = "continual", *layers: Mapping[str, Any]) -> TrainConfig:
     if "batch_size" in given and "replay_batch" not in given:
         start.pop("replay_batch")
         given["replay_batch"] = given["batch_size"]
+    if "schedule" in given:
+        start.pop("milestones", None)
     config = configuration.validate(model, configuration.merged(start, given))
+    if config.per_step_loss and config.method in WHOLE_SERIES_ONLY:
+        raise UserError(f"temporal_separation has no meaning for {config.method}, whose loss needs averaged logits")
     method_class = METHODS.load(config.method, area)
     configuration.validate(method_class.Config, config.options, source=f"options of {config.method}")
     BACKBONES.entry(config.backbone, area)
@@ -153,12 +158,14 @@ def build_network(config: TrainConfig, scenario: Scenario) -> nn.Module:
             )
     try:
         return factory(scenario.input_shape, scenario.num_classes, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"backbone_options of {config.backbone}: {error}") from None
 
 
 def build_method(config: TrainConfig, scenario: Scenario, runtime: Runtime) -> Method:
     """Network and method on the run's device, seeded."""
+    if config.augment == "strong" and scenario.input_shape[-3] not in (1, 3):
+        raise UserError("augment strong changes colours, which event frames do not have; use none or crop-flip")
     seed_everything(config.seed)
     benchmark = load_benchmark(config.dataset)
     network = build_network(config, scenario)
@@ -258,8 +265,11 @@ def _run(
 ) -> RunResult:
     runtime, scenario = parts.runtime, parts.scenario
     loop = Loop(config, parts.method, scenario, runtime, folder, progress or Progress())
-    if continuing and folder is not None and folder.has_checkpoint():
-        loop.load()
+    if continuing and folder is not None:
+        if folder.has_checkpoint():
+            loop.load()
+        else:
+            folder.rewind_metrics()
     status, failure = "failed", None
     meter = EnergyMeter(device=str(runtime.device))
     try:
@@ -339,6 +349,14 @@ def train(
             folder.release()
 
 
+def _stored(folder: RunFolder, document: dict[str, Any]) -> RunResult:
+    """The result of a finished run as it was written."""
+    rows = document["accuracy"]
+    return RunResult(
+        folder.path, "finished", matrix(rows["class_il"]), matrix(rows["task_il"]), document["metrics"], document
+    )
+
+
 def load_config(folder: RunFolder) -> TrainConfig:
     """The configuration a run was started with."""
     values = folder.config
@@ -353,6 +371,7 @@ def resume(
     stop_after_task: int | None = None,
     device: str | None = None,
     threads: int | None = None,
+    data_dir: Path | str | None = None,
 ) -> RunResult:
     """Continue a run from its last checkpoint (from the start if it had none); the numbers equal an unbroken run's.
 
@@ -361,10 +380,14 @@ def resume(
     """
     folder = RunFolder.open(Path(path))
     config = load_config(folder)
-    changes = {"device": device, "threads": threads}
+    changes = {"device": device, "threads": threads, "data_dir": Path(data_dir).resolve() if data_dir else None}
     config = config.model_copy(update={key: value for key, value in changes.items() if value is not None})
     folder.acquire()
     try:
+        if folder.has_result():
+            document = folder.read_result()
+            if document["status"] == "finished":
+                return _stored(folder, document)
         return _run(config, _build(config), folder, progress, continuing=True, stop_after_task=stop_after_task)
     finally:
         folder.release()

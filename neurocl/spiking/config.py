@@ -29,6 +29,8 @@ class NeuronConfig(Config):
     def _spikingjelly_has_constants(self) -> NeuronConfig:
         if self.backend == "spikingjelly" and (self.learnable or self.reset == "delayed"):
             raise ValueError("the spikingjelly back end has reset immediate or hard and no learnable constants")
+        if self.backend == "spikingjelly" and self.decay == 0:
+            raise ValueError("the spikingjelly back end needs a decay above 0")
         return self
 
 

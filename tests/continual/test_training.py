@@ -172,6 +172,7 @@ def test_nan_in_the_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
         ({"permute_classes": True, "class_order": tuple(range(10))}, "exclude each other"),
         ({"method": "icarl", "buffer_size": 5}, "buffer_size must be at least 10, got 5"),
         ({"device": "cuda:99"}, "cuda:99"),
+        ({"area": "spiking", "dataset": "nowhere.npz"}, "nowhere.npz: no such file"),
     ],
 )
 def test_mistakes_are_named(values, message):
