@@ -240,8 +240,8 @@ def test_import_takes_several_files_one_after_the_other(site: Site, register: Re
 def test_import_accepts_content_that_was_compressed_again(site: Site, register: Register, tmp_path: Path) -> None:
     content = b"pixels" * 100
     md5 = hashlib.md5(content).hexdigest()
-    register(site.register_file(gzip.compress(content, 9), "toy.gz", content_md5=md5))
-    (tmp_path / "toy.gz").write_bytes(gzip.compress(content, 1))
+    register(site.register_file(gzip.compress(content, 9, mtime=0), "toy.gz", content_md5=md5))
+    (tmp_path / "toy.gz").write_bytes(gzip.compress(content, 1, mtime=0))
     folder = install.import_files("toy", tmp_path / "toy.gz", data_dir=tmp_path / "one")
     assert gzip.decompress((folder / "toy.gz").read_bytes()) == content
     (tmp_path / "toy").write_bytes(content)
