@@ -27,8 +27,8 @@ from snntorch import surrogate
 from torch import Tensor, nn
 
 from neurocl.continual.config import OptimizerConfig
-from neurocl.continual.loop import build_optimizer
 from neurocl.continual.method import Batch, Setting
+from neurocl.continual.optimizer import build_optimizer
 from neurocl.data.augment import Augment
 from neurocl.spiking.network import SpikingClassifier, spiking_resnet_small
 from neurocl.spiking.staer import Staer, StaerConfig

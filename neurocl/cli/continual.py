@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from neurocl.cli.options import (
     MODEL,
-    RUN,
-    STREAM,
+    BatchSizeOption,
+    BufferSizeOption,
+    ConfigOption,
     DataDirOption,
+    DatasetOption,
     DeviceOption,
+    EpochsOption,
     JsonOption,
+    OutOption,
+    PrecisionOption,
     QuietOption,
+    ResumeOption,
     RunArgument,
+    SeedOption,
+    SeedsOption,
+    SetOption,
+    SmokeOption,
+    StopAfterTaskOption,
     ThreadsOption,
 )
 
@@ -29,59 +39,28 @@ app = typer.Typer(
 @app.command()
 def train(
     method: Annotated[str | None, typer.Option(help="See `neurocl list methods`.", show_default="derpp")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="See `neurocl list datasets`; or a .npz file.", show_default="seq-digits")
-    ] = None,
+    dataset: DatasetOption = None,
     backbone: Annotated[
         str | None,
         typer.Option(help="mlp, resnet18, resnet19, resnet-small.", rich_help_panel=MODEL, show_default="by data set"),
     ] = None,
-    buffer_size: Annotated[
-        int | None, typer.Option(help="Items in the replay memory.", rich_help_panel=STREAM, show_default="200")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over each task.", rich_help_panel=STREAM, show_default="by data set")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Also the replay batch.", rich_help_panel=STREAM, show_default="by data set")
-    ] = None,
+    buffer_size: BufferSizeOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate.", rich_help_panel=MODEL, show_default="published, else 0.1")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of everything random.", rich_help_panel=RUN, show_default="0")
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Several runs: 0,1,2, or how many.", rich_help_panel=RUN, show_default=False)
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these.", rich_help_panel=RUN, show_default=False)
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Any key: options.alpha=0.2, optimizer.name=adamw ...",
-            rich_help_panel=RUN,
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", rich_help_panel=RUN, show_default="runs/...")] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run.", rich_help_panel=RUN, show_default=False)
-    ] = None,
-    stop_after_task: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after this task; resume later.", rich_help_panel=RUN, show_default=False),
-    ] = None,
-    smoke: Annotated[
-        bool, typer.Option("--smoke", help="The whole path in seconds, on little data.", rich_help_panel=RUN)
-    ] = False,
+    seed: SeedOption = None,
+    seeds: SeedsOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = None,
+    stop_after_task: StopAfterTaskOption = None,
+    smoke: SmokeOption = False,
     data_dir: DataDirOption = None,
     device: DeviceOption = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32 or bf16.", rich_help_panel="Machine", show_default="fp32")
-    ] = None,
+    precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

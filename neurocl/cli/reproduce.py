@@ -29,7 +29,8 @@ def reproduce(
     from neurocl.cli.progress import make_progress
     from neurocl.cli.training import SMOKE
     from neurocl.config import merged
-    from neurocl.continual.training import resolve, train
+    from neurocl.continual.building import resolve
+    from neurocl.continual.training import train
     from neurocl.recipes import load_recipe
 
     chosen = load_recipe(recipe)

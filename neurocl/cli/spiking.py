@@ -9,13 +9,24 @@ import typer
 
 from neurocl.cli.options import (
     MODEL,
-    RUN,
-    STREAM,
+    BatchSizeOption,
+    BufferSizeOption,
+    ConfigOption,
     DataDirOption,
+    DatasetOption,
     DeviceOption,
+    EpochsOption,
     JsonOption,
+    OutOption,
+    PrecisionOption,
     QuietOption,
+    ResumeOption,
     RunArgument,
+    SeedOption,
+    SeedsOption,
+    SetOption,
+    SmokeOption,
+    StopAfterTaskOption,
     ThreadsOption,
 )
 
@@ -29,9 +40,7 @@ app = typer.Typer(
 @app.command()
 def train(
     method: Annotated[str | None, typer.Option(help="See `neurocl list methods`.", show_default="staer")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="See `neurocl list datasets`; or a .npz file.", show_default="seq-digits")
-    ] = None,
+    dataset: DatasetOption = None,
     backbone: Annotated[
         str | None,
         typer.Option(
@@ -44,49 +53,23 @@ def train(
         int | None,
         typer.Option(help="T, steps of simulation; even for staer.", rich_help_panel=MODEL, show_default="4"),
     ] = None,
-    buffer_size: Annotated[
-        int | None, typer.Option(help="Items in the replay memory.", rich_help_panel=STREAM, show_default="200")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Passes over each task.", rich_help_panel=STREAM, show_default="by data set")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Also the replay batch.", rich_help_panel=STREAM, show_default="by data set")
-    ] = None,
+    buffer_size: BufferSizeOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchSizeOption = None,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate.", rich_help_panel=MODEL, show_default="0.003, AdamW, cosine")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of everything random.", rich_help_panel=RUN, show_default="0")
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Several runs: 0,1,2, or how many.", rich_help_panel=RUN, show_default=False)
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these.", rich_help_panel=RUN, show_default=False)
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Any key: options.beta=0.01, neuron.decay=0.9 ...", rich_help_panel=RUN, show_default=False
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", rich_help_panel=RUN, show_default="runs/...")] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run.", rich_help_panel=RUN, show_default=False)
-    ] = None,
-    stop_after_task: Annotated[
-        int | None,
-        typer.Option(min=1, help="Stop after this task; resume later.", rich_help_panel=RUN, show_default=False),
-    ] = None,
-    smoke: Annotated[
-        bool, typer.Option("--smoke", help="The whole path in seconds, on little data.", rich_help_panel=RUN)
-    ] = False,
+    seed: SeedOption = None,
+    seeds: SeedsOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = None,
+    stop_after_task: StopAfterTaskOption = None,
+    smoke: SmokeOption = False,
     data_dir: DataDirOption = None,
     device: DeviceOption = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32 or bf16.", rich_help_panel="Machine", show_default="fp32")
-    ] = None,
+    precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

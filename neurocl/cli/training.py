@@ -113,7 +113,8 @@ def _start(
     area: str, values: dict[str, Any], seeds: str | None, out: Path | None, stop: int | None, quiet: bool
 ) -> list[RunResult]:
     from neurocl.cli.progress import make_progress
-    from neurocl.continual.training import resolve, train
+    from neurocl.continual.building import resolve
+    from neurocl.continual.training import train
     from neurocl.runs import write_atomically
 
     if seeds is None:
@@ -156,7 +157,8 @@ def _make_parent(config: Any, out: Path | None) -> Path:
 def _resume(path: Path, changes: Mapping[str, Any], stop: int | None, quiet: bool) -> list[RunResult]:
     from neurocl.cli.progress import make_progress
     from neurocl.config import validate
-    from neurocl.continual.training import resolve, resume, train
+    from neurocl.continual.building import resolve
+    from neurocl.continual.training import resume, train
 
     if not (path / "seeds.yaml").is_file():
         return [resume(path, progress=make_progress(quiet), stop_after_task=stop, **changes)]
@@ -196,7 +198,7 @@ def _print_end(results: Sequence[RunResult], as_json: bool) -> None:
 
 def print_config(area: str) -> None:
     """Every key of a run with its default and meaning, as YAML that ``--config`` reads."""
-    from neurocl.continual.training import config_class, resolve
+    from neurocl.continual.building import config_class, resolve
 
     defaults = resolve(area, {}).model_dump(mode="json")
     typer.echo(f"# neurocl {area} train --config FILE; any key can also be given as --set key=value")

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neurocl.continual.building import resolve
     from neurocl.continual.catalog import METHODS
     from neurocl.continual.config import OptimizerConfig, TrainConfig
     from neurocl.continual.memory import Memory
@@ -25,6 +26,7 @@ _HOMES = {
     "Scenario": "scenario",
     "Task": "scenario",
     "RunResult": "training",
+    "resolve": "building",
     "resume": "training",
     "train": "training",
 }
@@ -41,6 +43,7 @@ __all__ = [
     "Setting",
     "Task",
     "TrainConfig",
+    "resolve",
     "resume",
     "train",
 ]

@@ -10,6 +10,7 @@ over time and batch.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -155,14 +156,14 @@ class SpikingBlock(nn.Module):
         return spikes
 
 
-class SpikingNetwork(nn.Module):
+class SpikingNetwork(nn.Module, ABC):
     """Base of the sequence networks: ``features`` then a linear head without bias."""
 
     head: nn.Linear
 
+    @abstractmethod
     def features(self, x_seq: Tensor) -> Tensor:
         """[T, B, C, H, W] -> features over time [T, B, D]."""
-        raise NotImplementedError("a spiking network defines its features")
 
     def forward(self, x_seq: Tensor) -> Tensor:
         """[T, B, C, H, W] -> logits [T, B, K] in training mode, their time mean [B, K] in evaluation mode."""

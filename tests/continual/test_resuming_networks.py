@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neurocl import continual
-from neurocl.continual.loop import restore_layouts
+from neurocl.continual.optimizer import restore_layouts
 from neurocl.continual.progress import Progress
 from neurocl.errors import UserError
 from neurocl.runs import RunFolder
@@ -164,7 +164,7 @@ def test_the_time_of_a_method_counts_what_it_does_between_tasks():
 
 
 def test_the_schedule_of_a_benchmark_can_be_replaced():
-    from neurocl.continual.training import resolve
+    from neurocl.continual.building import resolve
 
     config = resolve("continual", {"dataset": "seq-cifar100", "schedule": "cosine"})
     assert config.milestones == ()
