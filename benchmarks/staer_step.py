@@ -34,6 +34,7 @@ from neurocl.spiking.network import SpikingClassifier, spiking_resnet_small
 from neurocl.spiking.staer import Staer, StaerConfig
 
 CLASSES = 10
+CONVOLUTIONS = ("mkldnn_convolution", "cudnn_convolution", "convolution_backward")
 SIDES = {
     "straightforward": {},
     "neurocl exact": {},
@@ -110,17 +111,17 @@ def peer_divergence(x: Tensor, y: Tensor) -> Tensor:
 class Data:
     """Batches of one step: current, replayed with labels, replayed with series."""
 
-    def __init__(self, batch: int, timesteps: int, size: int, dtype: torch.dtype) -> None:
+    def __init__(self, batch: int, timesteps: int, size: int, dtype: torch.dtype, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def images() -> Tensor:
-            return torch.randint(256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
+            return torch.randint(256, (batch, 3, size, size), generator=generator, dtype=torch.uint8).to(device)
 
         def labels() -> Tensor:
-            return torch.randint(CLASSES, (batch,), generator=generator)
+            return torch.randint(CLASSES, (batch,), generator=generator).to(device)
 
         def series(steps: int) -> Tensor:
-            return torch.randn(batch, steps, CLASSES, generator=generator).to(dtype)
+            return torch.randn(batch, steps, CLASSES, generator=generator).to(device, dtype)
 
         self.raw, self.y = images(), labels()
         self.replay_raw, self.replay_y = images(), labels()
@@ -129,13 +130,14 @@ class Data:
 
 
 Step = Callable[[], float]
+Shape = tuple[int, int, int]  # batch, time steps, height and width
 
 
 def peer_step(data: Data, timesteps: int, weights: dict[str, Tensor]) -> Step:
     """A step as one would write it from the paper."""
     network = PeerNetwork(3, 64, (64, 128))
     network.load_state_dict(weights)
-    network.to(data.past["same"].dtype)
+    network.to(data.y.device, data.past["same"].dtype)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.0)
     batch = len(data.y)
 
@@ -196,13 +198,13 @@ def our_step(data: Data, timesteps: int, network: SpikingClassifier, options: di
         [{"image": data.replay_raw, "label": data.replay_y}, {"image": data.series_raw, **data.past}]
     )
     dtype = data.past["same"].dtype
-    network.to(dtype)
+    network.to(data.y.device, dtype)
     augment = setting.augment.normalise
     method.augmented = lambda raw: augment(raw).to(dtype)  # type: ignore[method-assign]
-    batch = Batch(data.raw.to(dtype) / 255, data.y, data.raw, torch.arange(len(data.y)))
+    batch = Batch(data.raw.to(dtype) / 255, data.y, data.raw, torch.arange(len(data.y), device=data.y.device))
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(data.y.device.type, torch.bfloat16, enabled=bf16):
             terms = method.loss(batch)
         loss = torch.stack([term.to(dtype) for term in terms.values()]).sum()
         loss.backward()
@@ -213,11 +215,12 @@ def our_step(data: Data, timesteps: int, network: SpikingClassifier, options: di
     return step
 
 
-def make_step(side: str, batch: int, timesteps: int, size: int, dtype: torch.dtype = torch.float32) -> Step:
+def make_step(side: str, shape: Shape, device: str, dtype: torch.dtype = torch.float32) -> Step:
     """A step of one of ``SIDES``, all from the same weights and data."""
     torch.manual_seed(0)
+    batch, timesteps, size = shape
     network = spiking_resnet_small((3, size, size), CLASSES, timesteps=timesteps)
-    data = Data(batch, timesteps, size, dtype)
+    data = Data(batch, timesteps, size, dtype, device)
     if side == "straightforward":
         return peer_step(data, timesteps, peer_order(network))
     return our_step(data, timesteps, network, SIDES[side], side.endswith("bf16"))
@@ -245,14 +248,14 @@ def peer_order(network: SpikingClassifier) -> dict[str, Tensor]:
     return ordered
 
 
-def timings(batch: int, timesteps: int, size: int, repeats: int) -> dict[str, float]:
+def timings(shape: Shape, device: str, repeats: int) -> dict[str, float]:
     """Median seconds of every side, interleaved; checks the first losses."""
     exact = ("straightforward", "neurocl exact")
-    peer, ours = (make_step(side, batch, timesteps, size, torch.float64)() for side in exact)
+    peer, ours = (make_step(side, shape, device, torch.float64)() for side in exact)
     if abs(peer - ours) > 1e-5:
         raise SystemExit(f"the losses of the two sides differ in float64: {peer} and {ours}")
     print(f"first losses in float64: {peer:.9f} and {ours:.9f}, difference {abs(peer - ours):.1e}")
-    steps = {side: make_step(side, batch, timesteps, size) for side in SIDES}
+    steps = {side: make_step(side, shape, device) for side in SIDES}
     first = {side: step() for side, step in steps.items()}
     print(f"first losses in float32: {', '.join(f'{side} {value:.6f}' for side, value in first.items())}")
     measured: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -272,10 +275,19 @@ def resident_mb(field: str) -> float:
     raise SystemExit(f"this system does not report {field}; memory is measured on Linux only")
 
 
-def peak_memory(side: str, batch: int, timesteps: int, size: int) -> float:
-    """Peak resident memory in MB of two steps above what was there before them (call in a fresh process)."""
-    make_step(side, 2, timesteps, 8)()
-    step = make_step(side, batch, timesteps, size)
+def peak_memory(side: str, shape: Shape, device: str) -> float:
+    """Peak memory in MB of two steps above what was there before them (call in a fresh process).
+
+    Resident memory on a CPU, memory that torch allocated on a CUDA device.
+    """
+    make_step(side, (2, shape[1], 8), device)()
+    step = make_step(side, shape, device)
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = resident_mb("VmRSS")
     step()
@@ -283,20 +295,17 @@ def peak_memory(side: str, batch: int, timesteps: int, size: int) -> float:
     return resident_mb("VmHWM") - before
 
 
-def convolution_share(side: str, batch: int, timesteps: int, size: int) -> float:
-    """Share of a step's processor time that is spent inside convolutions, forward and backward."""
-    step = make_step(side, batch, timesteps, size)
+def convolution_share(side: str, shape: Shape, device: str) -> float:
+    """Share of a step's time that its device spends inside convolutions, forward and backward."""
+    step = make_step(side, shape, device)
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 if device == "cpu" else 2]
+    with torch.profiler.profile(activities=kinds) as profile:
         step()
-    events = profile.key_averages()
-    total = sum(event.self_cpu_time_total for event in events)
-    inside = sum(
-        event.self_cpu_time_total
-        for event in events
-        if "mkldnn_convolution" in event.key or "convolution_backward" in event.key
-    )
-    return inside / total
+    field = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    times = {event.key: getattr(event, field) for event in profile.key_averages()}
+    inside = sum(time for key, time in times.items() if any(name in key for name in CONVOLUTIONS))
+    return inside / max(sum(times.values()), 1e-9)
 
 
 def main() -> None:
@@ -307,6 +316,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="height and width of the pictures")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="a small batch, three repeats")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
@@ -314,22 +324,23 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     shape = (options.batch, options.timesteps, options.size)
     if options.memory_of:
-        print(json.dumps(peak_memory(options.memory_of, *shape)))
+        print(json.dumps(peak_memory(options.memory_of, shape, options.device)))
         return
     print(
         f"STAER step, spiking-resnet-small, B={shape[0]} T={shape[1]} 3x{shape[2]}x{shape[2]}, "
-        f"{options.threads} thread(s)"
+        f"{options.device}, {options.threads} thread(s)"
     )
-    seconds = timings(*shape, options.repeats)
+    seconds = timings(shape, options.device, options.repeats)
     print(f"{'side':28}{'ms':>9}{'times faster':>14}{'peak MB':>10}{'of peer':>9}{'in convolutions':>17}")
     base_memory = None
     for side in SIDES:
         command = [sys.executable, __file__, "--memory-of", side, "--threads", str(options.threads)]
         command += ["--batch", str(shape[0]), "--timesteps", str(shape[1]), "--size", str(shape[2])]
+        command += ["--device", options.device]
         memory = float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
         base_memory = base_memory or memory
         ratio = seconds["straightforward"] / seconds[side]
-        share = convolution_share(side, *shape)
+        share = convolution_share(side, shape, options.device)
         print(
             f"{side:28}{1e3 * seconds[side]:9.0f}{ratio:14.2f}{memory:10.0f}{memory / base_memory:9.2f}{share:17.0%}",
             flush=True,
