@@ -230,8 +230,8 @@ class Loop:
                         else self.scenario.task(self.position.task, self.runtime.device)
                     )
                     self._train_task(task, stop)
+                    self.save()  # what a method does between tasks can take long, and cannot be cut in two
                     if stop.requested:
-                        self.save()
                         raise Interrupted(self._interrupted_message())
                     self._close_task(task)
                     if stop.requested and self.position.task < last:
@@ -296,8 +296,8 @@ class Loop:
                 due = time.monotonic() - self._last_checkpoint > self.config.checkpoint_seconds
                 if stop.requested or due:
                     self.record.seconds["train"] += elapsed
-                    began, began_step = time.monotonic(), position.step
                     self.save()
+                    began, began_step = time.monotonic(), position.step
                 if stop.requested:
                     raise Interrupted(self._interrupted_message())
             self.record.seconds["train"] += time.monotonic() - began
