@@ -30,7 +30,7 @@ bench: $(VENV)/.ready
 
 docs: $(VENV)/.ready
 	$(PIP) -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) site dist build .mypy_cache .ruff_cache .pytest_cache
