@@ -34,7 +34,7 @@ from neurocl.errors import Interrupted, RunError, UserError
 from neurocl.runs import RunFolder
 
 ORDER_STREAM = 1
-EVALUATION_BATCH = 256
+EVALUATION_BATCH = 64  # a ResNet19 at T = 4 keeps 128 MB per layer then
 RESUME_MAY_CHANGE = ("device", "threads", "data_dir", "checkpoint_seconds", "keep_memory", "tensorboard")
 
 
