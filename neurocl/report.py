@@ -83,6 +83,11 @@ def read_results(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], li
     return documents, notes
 
 
+def _dataset(document: dict[str, Any]) -> str:
+    """The data set's name; of a user's own file the last part of its path."""
+    return Path(document["dataset"]).name
+
+
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
@@ -98,35 +103,26 @@ def group(documents: Sequence[dict[str, Any]]) -> list[Row]:
     settings = [
         {
             **{key: value for key, value in _flat(document["config"]).items() if key not in RUN_ONLY},
+            "dataset": _dataset(document),
             "tasks learnt": len(document["accuracy"]["class_il"]),
         }
         for document in documents
     ]
-    keys = sorted({key for setting in settings for key in setting})
-    of_method: dict[str, set[str]] = {}
-    for setting in settings:
-        of_method.setdefault(setting["method"], set()).add(json.dumps(setting, default=str, sort_keys=True))
     groups: dict[str, list[int]] = {}
     for index, setting in enumerate(settings):
         groups.setdefault(json.dumps(setting, default=str, sort_keys=True), []).append(index)
-    differing = [
-        key
-        for key in keys
-        if key not in ("method", "area")
-        and any(
-            len({str(s.get(key)) for s in settings if s["method"] == method}) > 1
-            for method, variants in of_method.items()
-            if len(variants) > 1
-        )
-    ]
     several_datasets = len({setting["dataset"] for setting in settings}) > 1
     rows = []
     for members in groups.values():
         setting = settings[members[0]]
+        alike = [
+            other for other in settings if (other["area"], other["method"]) == (setting["area"], setting["method"])
+        ]
         parts = [str(setting["method"])]
-        if several_datasets and "dataset" not in differing:
-            parts.append(str(setting["dataset"]))
-        parts += [f"{key.split('.')[-1]} {setting.get(key)}" for key in differing if setting.get(key) is not None]
+        for key, value in sorted(setting.items()):
+            differs = len({str(other.get(key)) for other in alike}) > 1
+            if value is not None and (differs or (key == "dataset" and several_datasets)):
+                parts.append(f"{key.split('.')[-1]} {value}")
         chosen = sorted((documents[index] for index in members), key=lambda document: document["seed"])
         values = {
             title: [d["metrics"][kind][name] for d in chosen if name in d["metrics"].get(kind, {})]
@@ -138,7 +134,7 @@ def group(documents: Sequence[dict[str, Any]]) -> list[Row]:
 
 def _protocol(documents: Sequence[dict[str, Any]]) -> str:
     first = documents[0]
-    names = ", ".join(dict.fromkeys(document["dataset"] for document in documents))
+    names = ", ".join(dict.fromkeys(_dataset(document) for document in documents))
     tasks = first["protocol"]["tasks"]
     batches = ", ".join(str(size) for size in sorted({d["protocol"]["batch_size"] for d in documents}))
     note = "" if first["protocol"]["evaluated_on"] == "test split" else ", evaluated on a validation split"

@@ -131,7 +131,8 @@ class Loop:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("tensorboard is not installed: pip install 'neurocl[track]'") from None
-        return SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.record.steps)  # type: ignore[no-untyped-call]
+        stale = self.record.steps + 1 if self.record.steps else None  # what a killed run wrote after its checkpoint
+        return SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=stale)  # type: ignore[no-untyped-call]
 
     # -- state ------------------------------------------------------------------------------------
 
