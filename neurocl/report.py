@@ -112,6 +112,7 @@ def group(documents: Sequence[dict[str, Any]]) -> list[Row]:
     for index, setting in enumerate(settings):
         groups.setdefault(json.dumps(setting, default=str, sort_keys=True), []).append(index)
     several_datasets = len({setting["dataset"] for setting in settings}) > 1
+    several_areas = len({setting["area"] for setting in settings}) > 1
     rows = []
     for members in groups.values():
         setting = settings[members[0]]

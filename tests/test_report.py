@@ -45,6 +45,12 @@ def test_runs_that_reached_different_tasks_are_not_averaged(runs):
     assert [row.label for row in rows] == ["er, tasks learnt 5", "er, tasks learnt 2"]
 
 
+def test_spiking_and_ordinary_runs_of_one_method_are_told_apart(runs, tmp_path):
+    continual.train(area="spiking", method="er", out=tmp_path / "run", **QUICK)
+    found = documents(runs, "er-0") + read_results([RunFolder(tmp_path / "run")])[0]
+    assert [row.label for row in group(found)] == ["er (continual)", "er (spiking)"]
+
+
 def test_a_run_named_twice_counts_once(runs):
     assert group(documents(runs, "er-0", "er-0"))[0].num_runs == 1
 
