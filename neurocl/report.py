@@ -116,10 +116,9 @@ def group(documents: Sequence[dict[str, Any]]) -> list[Row]:
     rows = []
     for members in groups.values():
         setting = settings[members[0]]
-        alike = [
-            other for other in settings if (other["area"], other["method"]) == (setting["area"], setting["method"])
-        ]
-        parts = [str(setting["method"])]
+        method, area = setting["method"], setting["area"]
+        alike = [other for other in settings if (other["method"], other["area"]) == (method, area)]
+        parts = [f"{method} ({area})" if several_areas else str(method)]
         for key, value in sorted(setting.items()):
             differs = len({str(other.get(key)) for other in alike}) > 1
             if value is not None and (differs or (key == "dataset" and several_datasets)):
