@@ -173,9 +173,16 @@ def test_a_learnt_decay_outside_its_range_is_refused_at_its_own_layer():
         to_nir(built, SHAPE)
 
 
+class Unheard(SpikingNetwork):
+    """A network that the export does not know."""
+
+    def features(self, x_seq):
+        return x_seq
+
+
 def test_a_network_of_another_layout_is_refused():
-    with pytest.raises(UserError, match="SpikingNetwork has no NIR export"):
-        to_nir(SpikingClassifier(SpikingNetwork(), Encoder(2)), SHAPE)
+    with pytest.raises(UserError, match="Unheard has no NIR export"):
+        to_nir(SpikingClassifier(Unheard(), Encoder(2)), SHAPE)
 
 
 def test_the_network_itself_is_not_changed():
