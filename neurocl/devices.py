@@ -68,7 +68,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep large freed blocks for the next step instead of returning them to the system.
 
     Every step of a network allocates the same large tensors; without this the kernel clears and maps their pages
-    anew each time, which was measured to cost up to two thirds of a step. Peak memory may grow by a third.
+    anew each time: 3.7 instead of 2.6 s for a step of STAER (``benchmarks/staer_step.py``), for 1.7 instead of 2.2 GB.
 
     Returns: whether the C library took the settings (glibc only).
     """

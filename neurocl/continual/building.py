@@ -13,7 +13,7 @@ from torch import nn
 
 from neurocl import config as configuration
 from neurocl.backbones.catalog import BACKBONES
-from neurocl.continual.catalog import METHODS
+from neurocl.continual.catalog import AREAS, METHODS
 from neurocl.continual.config import TrainConfig
 from neurocl.continual.method import Method, Setting
 from neurocl.continual.optimizer import build_optimizer
@@ -30,12 +30,13 @@ WHOLE_SERIES_ONLY = ("er-ace", "lwf", "icarl")
 
 
 def config_class(area: str) -> type[TrainConfig]:
-    """The configuration class of a command group."""
-    if area == "spiking":
-        from neurocl.spiking.config import SpikingTrainConfig
+    """The configuration class of a command group.
 
-        return SpikingTrainConfig
-    return TrainConfig
+    Raises:
+        UserError: no such area.
+    """
+    found: type[TrainConfig] = AREAS.load(area)
+    return found
 
 
 def resolve(area: str = "continual", *layers: Mapping[str, Any]) -> TrainConfig:

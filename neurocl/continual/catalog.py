@@ -1,8 +1,16 @@
-"""The registry of continual-learning methods; nothing heavy is imported until one is used."""
+"""The registries of areas (their configuration classes) and of methods; nothing heavy is imported until one is used."""
 
 from neurocl.registry import Entry, Registry
 
 BOTH = ("continual", "spiking")
+
+AREAS = Registry(
+    "areas",
+    [
+        Entry("continual", "neurocl.continual.config:TrainConfig", "ordinary networks"),
+        Entry("spiking", "neurocl.spiking.config:SpikingTrainConfig", "spiking networks"),
+    ],
+)
 
 METHODS = Registry(
     "methods",

@@ -1,7 +1,8 @@
 """Starting values of a run by benchmark, method and memory size, before anything the user says.
 
 Sources: the STAER code for spiking networks; for ordinary ones the hyper-parameters that the
-Mammoth framework publishes for the papers' tables (SGD without momentum).
+Mammoth framework publishes for the papers' tables (SGD without momentum). No values were found for
+ER-ACE and joint training there: they start from those of ER and SGD.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ import torch
 
 from neurocl import continual
 from neurocl.continual.catalog import METHODS
+from neurocl.continual.method import Method
 from neurocl.continual.progress import Progress
 from neurocl.errors import RunError, UserError
+from neurocl.runs import RunFolder
 
 QUICK = {"epochs": 1, "max_train_per_class": 20, "max_test_per_class": 10, "buffer_size": 20, "threads": 1}
 PAIRS = [(area, name) for area in ("continual", "spiking") for name in METHODS.names(area)]
@@ -137,13 +139,23 @@ def test_forward_transfer_needs_accuracies_before_training():
     assert "forward_transfer" not in run("continual", "er").metrics["class_il"]
 
 
-def test_lwf_without_distillation_and_warm_up_is_training_on_seen_classes():
-    options = {"alpha": 0.0, "warm_up": False}
-    lwf = continual.train(area="continual", method="lwf", options=options, keep=False, **QUICK)
-    joined = continual.train(
-        area="continual", method="lwf", options={**options, "temperature": 7.0}, keep=False, **QUICK
-    )
-    np.testing.assert_array_equal(lwf.class_il, joined.class_il)
+def test_lwf_without_distillation_and_warm_up_is_training_on_seen_classes(monkeypatch, tmp_path):
+    class SeenClasses(Method):
+        def loss(self, batch):
+            seen = sum(self.setting.task_sizes[: self.task_index + 1])
+            return {"ce": torch.nn.functional.cross_entropy(self.network(batch.x)[:, :seen], batch.y)}
+
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+    METHODS.register("seen-classes", SeenClasses, "plain training on the classes seen")
+
+    def weights(name, method, **options):
+        continual.train(area="continual", method=method, options=options, out=tmp_path / name, **{**QUICK, "epochs": 3})
+        tensors = RunFolder(tmp_path / name).load_checkpoint().tensors
+        return torch.cat([value.flatten() for key, value in sorted(tensors.items()) if ".network." in key])
+
+    plain = weights("plain", "seen-classes")
+    assert torch.equal(weights("zero", "lwf", alpha=0.0, warm_up=False), plain)
+    assert not torch.allclose(weights("five", "lwf", alpha=5.0, warm_up=False), plain)
 
 
 def test_nan_in_the_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
@@ -194,6 +206,9 @@ def test_class_permutation_is_recorded_and_changes_the_stream():
     assert [int(old_to_new[old]) for old in order] == list(range(10))
 
 
-def test_training_leaves_the_callers_thread_count_to_the_configuration():
+def test_threads_are_set_only_if_configured():
+    torch.set_num_threads(2)
+    run("continual", "sgd", threads=None)
+    assert torch.get_num_threads() == 2
     run("continual", "sgd", threads=1)
     assert torch.get_num_threads() == 1
