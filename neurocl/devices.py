@@ -129,11 +129,20 @@ def restore_random_state(state: dict[str, torch.Tensor]) -> None:
 
 def peak_memory_mb(device: torch.device | None = None) -> dict[str, float]:
     """Peak resident memory of the process and, on a CUDA device, peak memory allocated there, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = {"host": peak / (1024.0 * 1024.0 if sys.platform == "darwin" else 1024.0)}
+    memory = {"host": _peak_kilobytes() / 1024.0}
     if device is not None and device.type == "cuda":
         memory["device"] = torch.cuda.max_memory_allocated(device) / 2**20
     return memory
+
+
+def _peak_kilobytes() -> float:
+    # ru_maxrss of a child begins at what its parent had at the fork; the kernel's own mark does not
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024.0 if sys.platform == "darwin" else float(peak)
 
 
 def cpu_name() -> str:

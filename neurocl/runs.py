@@ -49,10 +49,11 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _write_error(path, error) from None
+        raise write_error(path, error) from None
 
 
-def _write_error(path: Path, error: OSError) -> RunError:
+def write_error(path: Path, error: OSError) -> RunError:
+    """The one-line error for a file that the system would not let us write."""
     if isinstance(error, FileExistsError | NotADirectoryError):
         return RunError(f"cannot write {path}: a file of that name is in the way")
     reason = {
@@ -74,7 +75,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _write_error(path, error) from None
+        raise write_error(path, error) from None
 
 
 def fresh_folder(stem: str) -> Path:
@@ -88,7 +89,7 @@ def fresh_folder(stem: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise _write_error(path, error) from None
+            raise write_error(path, error) from None
         break
     return path
 
@@ -173,7 +174,7 @@ class RunFolder:
         except Timeout:
             raise UserError(f"{self.path} is in use by another process") from None
         except OSError as error:
-            raise _write_error(self.path, error) from None
+            raise write_error(self.path, error) from None
 
     def release(self) -> None:
         self._lock.release()
@@ -196,7 +197,7 @@ class RunFolder:
             with open(self.metrics_path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise _write_error(self.metrics_path, error) from None
+            raise write_error(self.metrics_path, error) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_path.exists():
@@ -247,7 +248,7 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise _write_error(folder / name, error) from None
+                raise write_error(folder / name, error) from None
             raise RunError(f"cannot write {folder / name}: {error}; what was saved before is intact") from None
         metrics = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
         document = {

@@ -95,9 +95,9 @@ def collect(
         UserError: no batches, nothing matches ``parameters``, the output is not [B, K], labels are missing, or the
             samples cannot be told apart.
         ValueError: an unknown kind or a count below its minimum.
-    Reference: Kunstner, Balles and Hennig, "Limitations of the empirical Fisher approximation", NeurIPS 2019,
-    arXiv 1905.12558; Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
-    ICML 2015, arXiv 1503.05671.
+    Reference: Kunstner, Balles and Hennig, "Limitations of the empirical Fisher approximation for natural gradient
+    descent", NeurIPS 2019, arXiv 1905.12558; Martens and Grosse, "Optimizing neural networks with Kronecker-factored
+    approximate curvature", ICML 2015, arXiv 1503.05671.
     """
     unknown = set(kinds) - {"gram", "fisher", "kfac"}
     if unknown or not kinds:

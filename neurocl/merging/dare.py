@@ -43,6 +43,7 @@ class DareMeasurement:
         self._num_models = num_models
         self._drop_rate = drop_rate
         self._rescale: Rescale = rescale
+        self.reads_data = rescale != "probability"
         self._seed = seed
         self._before: dict[str, list[StreamSum]] = defaultdict(self._sums)
         self._after: dict[str, list[StreamSum]] = defaultdict(self._sums)

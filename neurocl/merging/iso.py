@@ -137,7 +137,7 @@ def subspace_alignment(task_matrix: Tensor, merged_matrix: Tensor, threshold: fl
     Returns: the ratio of Frobenius norms, between 0 and 1; 0 if the merged matrix is zero, NaN if the task matrix is,
         which has no direction to align.
 
-    Reference: Marczak et al., "No Task Left Behind", ICML 2025, arXiv 2502.04959, section 4.
+    Reference: Marczak et al., "No Task Left Behind", ICML 2025, arXiv 2502.04959.
     """
     if not task_matrix.any():
         return math.nan

@@ -43,7 +43,7 @@ def tall_mask(base: Tensor, model: Tensor, multitask: Tensor, threshold: float) 
     Returns: [*shape] bool: where |base - model| > threshold * |multitask - model|.
 
     Reference: Wang et al., "Localizing Task Information for Improved Model Merging and Compression", ICML 2024,
-    arXiv 2405.07813, eq. 5.
+    arXiv 2405.07813.
     """
     return (base - model).abs() > (multitask - model).abs() * threshold
 
@@ -59,6 +59,7 @@ class ConsensusMeasurement:
         weights: Tensor | None = None,
     ) -> None:
         self.ties = TiesMeasurement(num_models, density, weights=weights) if multitask == "ties-sum" else None
+        self.reads_data = self.ties is not None
 
     def update(self, base: Tensor, models: Tensor) -> None:
         """Take in one piece: ``base`` [n], ``models`` [N, n]."""

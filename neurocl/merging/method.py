@@ -31,7 +31,7 @@ class Measurement(Protocol):
 
     It is built with ``num_models``, with those options of the merge that its constructor names and with ``weights``
     if it names that; then it is shown every piece of the data, in order, pass after pass, and finally handed to the
-    merge as ``measured``.
+    merge as ``measured``. One whose attribute ``reads_data`` is false needs to see nothing with its options.
     """
 
     def update(self, base: torch.Tensor, models: torch.Tensor) -> None:

@@ -82,7 +82,10 @@ class Layout:
             value = value.transpose(0, 1)
             leading = value.shape[: value.ndim - trailing]
         if not leading or leading[0] % size:
-            raise UserError(f"layer {name!r} sees a tensor of shape {list(value.shape)}, which no batch of {size} fits")
+            raise UserError(
+                f"layer {name!r} sees a tensor of shape {list(value.shape)}, which no batch of {size} fits; "
+                "layers that run once for a whole batch can be left out by parameter patterns"
+            )
         per_sample: Tensor = value.reshape(size, -1, *last)
         return per_sample
 

@@ -13,7 +13,7 @@ from neurocl.errors import UserError
 from neurocl.merging.activation_chain import mean_model
 from neurocl.merging.collector import collect
 from neurocl.merging.regmean import regmean
-from neurocl.merging.regmean_pp import regmean_pp
+from neurocl.merging.regmean_plus import regmean_pp
 from tests.merging.networks import Transformer, jittered, reference_networks
 
 
