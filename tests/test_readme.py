@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from neurocl import continual, data, spiking
+from neurocl import continual, data, merging, spiking
 from neurocl.continual import METHODS
+from neurocl.merging.recipe import ModelEntry
+from neurocl.merging.suite import SuiteConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -104,7 +106,7 @@ def plain(tmp_path, monkeypatch):
         "COLUMNS": "120",
     }.items():
         monkeypatch.setenv(name, value)
-    for registry in (METHODS, data.DATASETS):
+    for registry in (METHODS, data.DATASETS, merging.MERGES):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
@@ -153,7 +155,8 @@ def test_the_command_line_page_names_every_command_and_option():
 
 def test_the_configuration_page_names_every_key():
     page = (ROOT / "docs" / "reference" / "configuration.md").read_text(encoding="utf-8")
-    models = (spiking.SpikingTrainConfig, spiking.NeuronConfig, continual.OptimizerConfig)
+    training = (spiking.SpikingTrainConfig, spiking.NeuronConfig, continual.OptimizerConfig)
+    models = (*training, merging.Recipe, ModelEntry, merging.ParameterRules, SuiteConfig)
     keys = {name for model in models for name in model.model_fields}
     assert not {key for key in keys if f"`{key}`" not in page}
 
@@ -167,7 +170,7 @@ def test_the_run_folder_page_names_every_key_of_a_result():
 
 
 def test_the_reference_pages_show_every_public_name():
-    for module in (spiking, continual, data):
+    for module in (spiking, continual, data, merging):
         name = module.__name__
         page = (ROOT / "docs" / "reference" / f"{name.rpartition('.')[2]}.md").read_text(encoding="utf-8")
         assert not {public for public in module.__all__ if public not in page}, name

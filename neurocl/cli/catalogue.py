@@ -13,7 +13,8 @@ from neurocl.cli.options import JsonOption
 from neurocl.errors import UserError
 from neurocl.registry import did_you_mean
 
-GROUPS = ("methods", "datasets", "backbones", "recipes")
+GROUPS = ("methods", "merges", "datasets", "backbones", "recipes")
+USED_BY = {"merges": ("weights",)}  # of an entry that does not say, such as a plug-in's
 
 
 def _rows(group: str) -> list[dict[str, Any]]:
@@ -36,6 +37,10 @@ def _registry(group: str) -> Any:
         from neurocl.continual.catalog import METHODS
 
         return METHODS
+    if group == "merges":
+        from neurocl.merging.catalog import MERGES
+
+        return MERGES
     if group == "backbones":
         from neurocl.backbones.catalog import BACKBONES
 
@@ -47,7 +52,7 @@ def _registry(group: str) -> Any:
 
 def list_names(
     group: Annotated[
-        str | None, typer.Argument(help="methods, datasets, backbones or recipes.", show_default="all")
+        str | None, typer.Argument(help="methods, merges, datasets, backbones or recipes.", show_default="all")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -64,22 +69,24 @@ def list_names(
     console = Console()
     for name, rows in listed.items():
         table = Table(title=name, title_justify="left", box=None, pad_edge=False, title_style="bold")
-        for column in ("name", "used by", "what it is"):
+        for column in ("name", "works on" if name == "merges" else "used by", "what it is"):
             table.add_column(column, no_wrap=column != "what it is")
         for row in rows:
             origin = "" if row["source"] == "neurocl" else f"  [{row['source']}]"
-            table.add_row(row["name"], ", ".join(row["areas"] or ("continual", "spiking")), row["summary"] + origin)
+            areas = row["areas"] or USED_BY.get(name, ("continual", "spiking"))
+            table.add_row(row["name"], ", ".join(areas), row["summary"] + origin)
         console.print(table)
         console.print()
 
 
 def info(
-    name: Annotated[str, typer.Argument(help="A method, data set, backbone or recipe.")],
+    name: Annotated[str, typer.Argument(help="A method, merge, data set, backbone or recipe.")],
     as_json: JsonOption = False,
 ) -> None:
     """Explain one name: what it is, its options with defaults, its source."""
     describers: dict[str, Callable[[Any], dict[str, Any]]] = {
         "methods": _describe_method,
+        "merges": _describe_merge,
         "datasets": _describe_dataset,
         "backbones": _describe_backbone,
     }
@@ -114,6 +121,18 @@ def _describe_method(entry: Any) -> dict[str, Any]:
         "step": _paragraphs((inspect.getdoc(method) or "").partition("\n\nArgs:")[0].partition("\n\nRaises:")[0]),
         "options": options,
     }
+
+
+def _describe_merge(entry: Any) -> dict[str, Any]:
+    from neurocl.merging.describe import described
+
+    row = described(entry.name)
+    commands = [f"neurocl merging merge --method {entry.name}"]
+    if row["works on"] == "networks":
+        commands = [f"neurocl merging compare SUITE --method {entry.name}", f"neurocl.merging.{entry.load().__name__}"]
+    options = [{**option, "values": option.pop("type")} for option in row["options"]]
+    keys = ("works on", "about", "needs", "reference")
+    return {"used by": commands, **{key: row[key] for key in keys}, "options": options}
 
 
 def _paragraphs(text: str) -> str:
@@ -153,7 +172,7 @@ def _describe_recipe(name: str) -> dict[str, Any]:
 
     recipes = {recipe.name: recipe for recipe in load_recipes()}
     if name not in recipes:
-        known = [*recipes, *(entry for group in GROUPS[:3] for entry in _registry(group).names())]
+        known = [*recipes, *(entry for group in GROUPS[:-1] for entry in _registry(group).names())]
         raise UserError(f"nothing is called {name!r}{did_you_mean(name, known)}; `neurocl list` shows all names")
     recipe = recipes[name]
     return {
@@ -169,6 +188,7 @@ def _describe_recipe(name: str) -> dict[str, Any]:
 
 def _print_info(described: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -178,10 +198,12 @@ def _print_info(described: dict[str, Any]) -> None:
             continue
         if key == "options":
             table = Table(box=None, pad_edge=False)
-            for column in ("option (--set)", "default", "meaning"):
+            columns = ["name", *(["values"] if "values" in value[0] else []), "default", "meaning"]
+            first = "option" if described["kind"] == "merge" else "option (--set)"
+            for column in (first, *columns[1:]):
                 table.add_column(column, overflow="fold")
             for option in value:
-                table.add_row(option["name"], str(option["default"]), option["meaning"])
+                table.add_row(*(escape(str(option[column])) for column in columns))
             console.print(table)
         elif isinstance(value, list):
             console.print(f"{key}: " + "\n  ".join(str(item) for item in value), markup=False)

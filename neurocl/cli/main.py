@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from neurocl import __version__
-from neurocl.cli import catalogue, continual, data, doctor, report, reproduce, spiking
+from neurocl.cli import catalogue, continual, data, doctor, merging, report, reproduce, spiking
 from neurocl.errors import NeuroclError
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ def _root(
 
 app.add_typer(spiking.app, name="spiking", rich_help_panel="Areas")
 app.add_typer(continual.app, name="continual", rich_help_panel="Areas")
+app.add_typer(merging.app, name="merging", rich_help_panel="Areas")
 app.add_typer(data.app, name="data", rich_help_panel="Data and results")
 app.command("report", rich_help_panel="Data and results")(report.report)
 app.command("reproduce", rich_help_panel="Data and results")(reproduce.reproduce)

@@ -81,7 +81,7 @@ def test_tensorboard_events_are_written_when_asked(neurocl, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.parametrize("group", ["methods", "datasets", "backbones", "recipes"])
+@pytest.mark.parametrize("group", ["methods", "merges", "datasets", "backbones", "recipes"])
 def test_everything_listed_can_be_explained(inside, group):
     listed = json.loads(inside("list", group, "--json").stdout)[group]
     assert listed
@@ -94,6 +94,36 @@ def test_info_shows_options_with_defaults(inside):
     assert "options.beta" in text
     assert "0.0001" in text
     assert "arXiv 2601.20870" in text
+
+
+def test_merges_are_listed_with_what_they_work_on(inside):
+    works_on = {row["name"]: row["areas"] for row in json.loads(inside("list", "merges", "--json").stdout)["merges"]}
+    assert works_on["iso-c"] == ["weights"]
+    assert works_on["knots"] == ["adapters"]
+    assert works_on["com"] == ["networks"]
+    assert "works on" in inside("list", "merges").stdout
+
+
+def test_info_explains_a_merge_with_command_options_and_paper(inside):
+    text = inside("info", "ties").stdout
+    for words in (
+        "neurocl merging merge --method ties",
+        "--density",
+        "0 < number <= 1",
+        "model | tensor",
+        "2306.01708",
+    ):
+        assert words in text
+    document = json.loads(inside("info", "ties", "--json").stdout)
+    assert document["kind"] == "merge"
+    assert {option["name"]: option["default"] for option in document["options"]}["--density"] == 0.2
+
+
+def test_info_names_the_function_of_a_merge_of_networks(inside):
+    text = inside("info", "com").stdout
+    assert "neurocl.merging.chain_of_merges" in text
+    assert "off_diagonal" in text
+    assert "merged | expert" in text
 
 
 def test_doctor_finds_this_machine_usable(inside):
@@ -131,7 +161,9 @@ def test_a_recipe_runs_end_to_end(neurocl):
         (("spiking", "train", "--resume", "x", "--epochs", "3"), ("--resume", "drop --epochs")),
         (("report", "nowhere"), ("nowhere is not a run folder",)),
         (("info", "stear"), ("did you mean 'staer'",)),
+        (("info", "iso_c"), ("did you mean 'iso-c'",)),
         (("list", "method"), ("did you mean 'methods'",)),
+        (("list", "merge"), ("did you mean 'merges'",)),
         (("reproduce", "staer/seq"), ("there is no recipe",)),
     ],
 )

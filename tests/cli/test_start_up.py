@@ -11,13 +11,27 @@ import pytest
 HEAVY = ("torch", "numpy", "scipy", "sklearn", "matplotlib", "pandas", "numba", "tslearn", "snntorch", "spikingjelly")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["spiking", "train", "--help"], ["data", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["spiking", "train", "--help"], ["data", "--help"], ["merging", "merge", "--help"], ["--version"]],
+)
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys, runpy\n"
         f"sys.argv = ['neurocl', *{arguments!r}]\n"
         "try:\n    runpy.run_module('neurocl', run_name='__main__')\nexcept SystemExit:\n    pass\n"
         f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip().endswith("HEAVY []")
+
+
+def test_listing_names_imports_no_network_code():
+    code = (
+        "import sys, runpy\n"
+        "sys.argv = ['neurocl', 'list']\n"
+        "try:\n    runpy.run_module('neurocl', run_name='__main__')\nexcept SystemExit:\n    pass\n"
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'numba') if name in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip().endswith("HEAVY []")
@@ -43,7 +57,7 @@ def test_importing_the_package_costs_nothing():
 def test_every_public_name_can_be_imported():
     import neurocl
 
-    for area in ("spiking", "continual", "data"):
+    for area in ("spiking", "continual", "data", "merging"):
         package = getattr(neurocl, area)
         for name in package.__all__:
             assert getattr(package, name) is not None
