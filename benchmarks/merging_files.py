@@ -6,7 +6,8 @@
 Four fine-tuned models and their base in the layout of a small Llama (12 layers, width 768, vocabulary 32,000: 109.5 M
 values, bfloat16), made here. mergekit is installed into a virtual environment of its own, kept in ``--work``. Seconds
 are user + system time of the process, memory its peak resident size, both from the operating system; the contenders
-take turns, the median counts. Start-up is part of the seconds, as it is of every use.
+take turns, the median counts. Start-up is part of the seconds, as it is of every use. The bounds compare the same work:
+mergekit writes no hashes of its inputs, so ours runs with ``--no-hashes``; the seconds with them stand beside it.
 """
 
 from __future__ import annotations
@@ -24,10 +25,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 MERGEKIT, TRANSFORMERS, TORCH = "mergekit==0.1.5", "transformers==5.23.0", "torch==2.13.0"
 WIDTH, HIDDEN, VOCABULARY, NUM_MODELS = 768, 2048, 32_000, 4
@@ -87,9 +85,16 @@ def llama_shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def make_models(folder: Path, num_layers: int) -> list[Path]:
+def model_paths(folder: Path) -> list[Path]:
+    return [folder / name for name in ("base", *(f"expert{index}" for index in range(NUM_MODELS)))]
+
+
+def make_models(folder: Path, num_layers: int) -> None:
     """The base and its experts: low-rank changes and dense noise; made once."""
-    paths = [folder / name for name in ("base", *(f"expert{index}" for index in range(NUM_MODELS)))]
+    import torch
+    from safetensors.torch import save_file
+
+    paths = model_paths(folder)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -123,7 +128,6 @@ def make_models(folder: Path, num_layers: int) -> list[Path]:
             values[name] = (value + change).bfloat16()
         save_file(values, path / "model.safetensors", metadata={"format": "pt"})
         (path / "config.json").write_text(json.dumps(config))
-    return paths
 
 
 def mergekit_command(work: Path) -> Path:
@@ -152,9 +156,9 @@ def measured(command: list[str], threads: int) -> Cost:
     return Cost(usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss / 1024)
 
 
-def our_command(contest: Contest, models: list[Path], out: Path) -> list[str]:
+def our_command(contest: Contest, models: list[Path], out: Path, extra: list[str]) -> list[str]:
     base, *experts = models
-    command = [sys.executable, "-m", "neurocl", "merging", "merge", *contest.ours, "--quiet", "--out", str(out)]
+    command = [sys.executable, "-m", "neurocl", "merging", "merge", *contest.ours, "--quiet", *extra, "--out", str(out)]
     if contest.name != "slerp":
         command += ["--base", str(base)]
     return [*command, *map(str, experts[: contest.num_models])]
@@ -173,6 +177,8 @@ def write_recipe(contest: Contest, models: list[Path], file: Path) -> None:
 
 def differing(first: Path, second: Path) -> float:
     """Share of the values in which two merged models differ, in percent."""
+    from safetensors import safe_open
+
     total = different = 0
     with safe_open(first / "model.safetensors", "pt") as ours, safe_open(second / "model.safetensors", "pt") as theirs:
         for name in ours.keys():  # noqa: SIM118  (not a mapping)
@@ -188,9 +194,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "neurocl-merging-bench")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--make", type=int, metavar="LAYERS", help=argparse.SUPPRESS)
+    parser.add_argument("--differing", nargs=2, type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     layers, repeats = (2, 1) if options.quick else (12, options.repeats)
-    models = make_models(options.work / f"layers-{layers}", layers)
+    folder = options.work / f"layers-{options.make or layers}"
+    if options.make:
+        make_models(folder, options.make)
+        return
+    if options.differing:
+        print(differing(*options.differing))
+        return
+    in_between = [sys.executable, __file__, "--work", str(options.work)]
+    subprocess.run([*in_between, "--make", str(layers)], check=True)
+    models = model_paths(folder)
     mergekit = mergekit_command(options.work)
     floor = measured([sys.executable, "-c", "import torch, safetensors"], options.threads)
     ours_start = measured([sys.executable, "-m", "neurocl", "merging", "merge", "--help"], options.threads)
@@ -204,13 +221,13 @@ def main() -> None:
         f"  start-up alone: neurocl --help {ours_start.cpu_seconds:.2f} s, mergekit --help "
         f"{theirs_start.cpu_seconds:.2f} s, import torch {floor.cpu_seconds:.2f} s {floor.peak_mb:.0f} MB"
     )
-    header = f"  {'':18} {'mergekit s':>10} {'ours s':>7} {'ratio':>6} {'bound':>6} {'mergekit MB':>11} {'ours MB':>8}"
-    print(f"{header} {'ratio':>6} {'values that differ':>18}")
+    header = f"  {'':18} {'mergekit s':>10} {'ours s':>7} {'ratio':>6} {'bound':>6} {'with hashes':>11}"
+    print(f"{header} {'mergekit MB':>11} {'ours MB':>8} {'ratio':>6} {'values that differ':>18}")
     worst_memory, missed = 0.0, []
     for contest in CONTESTS:
         recipe = options.work / "recipe.yaml"
         write_recipe(contest, models, recipe)
-        ours, theirs = [], []
+        ours, theirs, with_hashes = [], [], []
         out, peer_out = options.work / "ours", options.work / "theirs"
         for _ in range(repeats):
             for folder in (out, peer_out):
@@ -218,13 +235,20 @@ def main() -> None:
             theirs.append(
                 measured([str(mergekit), str(recipe), str(peer_out), "--no-copy-tokenizer", "--quiet"], options.threads)
             )
-            ours.append(measured(our_command(contest, models, out), options.threads))
+            ours.append(measured(our_command(contest, models, out, ["--no-hashes"]), options.threads))
+            shutil.rmtree(out)
+            with_hashes.append(measured(our_command(contest, models, out, []), options.threads).cpu_seconds)
         seconds = [statistics.median(cost.cpu_seconds for cost in side) for side in (theirs, ours)]
         memory = [statistics.median(cost.peak_mb for cost in side) for side in (theirs, ours)]
+        compared = subprocess.run(
+            [*in_between, "--differing", str(out), str(peer_out)], check=True, capture_output=True, text=True
+        )
+        share = float(compared.stdout)
         ratio, memory_ratio = seconds[1] / seconds[0], memory[1] / memory[0]
         print(
             f"  {contest.name:18} {seconds[0]:10.2f} {seconds[1]:7.2f} {ratio:6.2f} {contest.bound:6.2f} "
-            f"{memory[0]:11.0f} {memory[1]:8.0f} {memory_ratio:6.2f} {differing(out, peer_out):17.3f}%",
+            f"{statistics.median(with_hashes):11.2f} "
+            f"{memory[0]:11.0f} {memory[1]:8.0f} {memory_ratio:6.2f} {share:17.3f}%",
             flush=True,
         )
         worst_memory = max(worst_memory, memory_ratio)

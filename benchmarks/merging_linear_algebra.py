@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from neurocl.compat.torchvision import ensure_torchaudio, ensure_torchvision
 from neurocl.merging.adapters import LoraLayer, lora_svd
 from neurocl.merging.iso import iso_c
 
@@ -169,6 +170,8 @@ def peft_svd(layers: list[LoraLayer], weights: list[float]) -> Callable[[], Tens
 
 def lora_peer() -> tuple[str, Callable[[list[LoraLayer], list[float]], Callable[[], Tensor]]]:
     """PEFT if it can be imported, otherwise its computation written out."""
+    ensure_torchvision()
+    ensure_torchaudio()
     try:
         import peft
     except ImportError:

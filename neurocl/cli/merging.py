@@ -122,6 +122,9 @@ def merge(
     ] = None,
     device: MergeDeviceOption = "cpu",
     threads: MergeThreadsOption = None,
+    hashes: Annotated[
+        bool, typer.Option("--hashes/--no-hashes", help="SHA-256 of the inputs in the result.", rich_help_panel=MACHINE)
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan and the memory it needs.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Merge small models made on the spot, in seconds.")] = False,
     as_json: JsonOption = False,
@@ -140,12 +143,11 @@ def merge(
 
       neurocl merging merge recipe.yaml --out merged --dry-run
     """
+    from neurocl.devices import prepare
     from neurocl.merging.adapter_files import merge_adapter_folders, plan_adapters
     from neurocl.merging.catalog import MERGES
     from neurocl.merging.files import merge_files, plan_merge
     from neurocl.merging.recipe import parse_bytes
-    from neurocl.merging.smoke import smoke_recipe
-    from neurocl.runs import fresh_folder
 
     paths, extra = _split(models or [])
     limit = parse_bytes(max_memory) if max_memory else None
@@ -161,16 +163,16 @@ def merge(
     if smoke:
         if paths or base:
             raise UserError("--smoke makes its own models; leave out the models and --base")
+        from neurocl.merging.smoke import smoke_recipe
+        from neurocl.runs import fresh_folder
+
         folder = fresh_folder(f"smoke-{method or 'average'}")
         values = smoke_recipe(method or "average", folder).model_dump()
         out = out or folder / "merged"
     else:
         values = _start_values(paths)
     recipe = _recipe(values, flags, weights, statistics, [*(assignments or []), *extra])
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    prepare("cpu", "fp32", threads)
     adapters = "adapters" in MERGES.entry(recipe.method).areas
     if dry_run:
         plan = (
@@ -188,7 +190,7 @@ def merge(
     else:
         bar = None if quiet else _Bar(recipe.method)
         try:
-            report = merge_files(recipe, target, device=device, max_memory=limit, progress=bar)
+            report = merge_files(recipe, target, device=device, max_memory=limit, hashes=hashes, progress=bar)
         finally:
             if bar is not None:
                 bar.close()

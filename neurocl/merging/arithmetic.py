@@ -10,7 +10,7 @@ from torch import Tensor
 from neurocl.merging.method import merge_method
 
 
-@merge_method("task-arithmetic")
+@merge_method("task-arithmetic", spreads_nan=True)
 def task_arithmetic(base: Tensor, models: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Add the weighted sum of the task vectors; a negative weight unlearns.
 

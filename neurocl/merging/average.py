@@ -12,7 +12,7 @@ from neurocl.errors import UserError
 from neurocl.merging.method import merge_method
 
 
-@merge_method("average", needs_base=False)
+@merge_method("average", needs_base=False, spreads_nan=True)
 def average(base: Tensor, models: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Average the models, weighted if weights are given.
 

@@ -9,7 +9,10 @@ from typing import Any
 from neurocl.merging.catalog import MERGES
 from neurocl.merging.method import MergeMethod, argument_meanings
 
-NETWORK_INPUTS = frozenset({"base", "experts", "models", "batches", "loaders", "progress", "stages", "blocks"})
+# Arguments of merges of networks that are inputs, not options.
+NETWORK_INPUTS = frozenset(
+    {"base", "experts", "batches", "blocks", "stages", "heads", "logit_scale", "forward", "row_mask", "progress"}
+)
 
 
 def declaration(name: str) -> MergeMethod | None:

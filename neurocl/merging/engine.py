@@ -27,7 +27,7 @@ MATRIX_COPIES = {"iso-c": (1.5, 10.0), "iso-cts": (5.3, 11.0), "tsv-m": (4.7, 5.
 OTHER_COPIES = (5.3, 16.0)
 SQUARE_COPIES = {"wudi": 17.0, "regmean": 10.0}  # and of matrices [inputs, inputs]
 ALLOCATOR = 1.15  # what the allocator holds beyond what is asked for
-PIECE_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}  # on a CPU what stays in its cache, on a GPU what hides the launches
+PIECE_BYTES = {"cpu": 3 << 20, "cuda": 512 << 20}  # on a CPU what stays in its cache, on a GPU what hides the launches
 
 
 class Source(Protocol):
@@ -334,8 +334,7 @@ class Merger:
             self.pulse()
             stop = min(total, start + size)
             stack = self._buffer[: rows * (stop - start)].view(rows, stop - start)
-            if self._uses_base:
-                assert self.base is not None
+            if self.base is not None and self._uses_base:
                 stack[0].copy_(self.base.read(step.name, start, stop))
             else:
                 stack[0].zero_()
@@ -343,7 +342,8 @@ class Merger:
                 source = self.base if index in step.absent else model
                 assert source is not None
                 stack[index + 1].copy_(source.read(step.name, start, stop))
-            self._require_finite(step, stack)
+            if step.action != "merge" or not self.method.spreads_nan:
+                self._require_finite(step, stack)
             yield start, stack[0], stack[1:]
 
     def _require_finite(self, step: Step, stack: torch.Tensor) -> None:
@@ -388,14 +388,17 @@ class Merger:
             if self.alpha != 1 and step.kind != "statistics":  # a variance beyond the mean may be negative
                 merged = base + self.alpha * (merged - base)
             merged = merged.reshape(-1)
-            self._require_representable(step, merged)
+            self._require_representable(step, merged, base, models)
             sink.write(step.name, start, rounded(merged, step.spec.dtype))
 
-    def _require_representable(self, step: Step, merged: torch.Tensor) -> None:
+    def _require_representable(
+        self, step: Step, merged: torch.Tensor, base: torch.Tensor, models: torch.Tensor
+    ) -> None:
         low, high = (float(bound) for bound in merged.aminmax())
         limit = torch.finfo(step.spec.dtype).max
         if -limit <= low and high <= limit:
             return
+        self._require_finite(step, torch.cat([base[None], models]).flatten(1))
         dtype = str(step.spec.dtype).removeprefix("torch.")
         raise UserError(
             f"tensor {step.name!r} of the merged model would reach {high if high > limit else low:g}, "

@@ -34,6 +34,7 @@ from neurocl.runs import make_folder, sha256, write_atomically, write_error
 REPORT_SCHEMA = 1
 MAX_COPIED_BYTES = 64 << 20
 UNKNOWN_DIGEST = "0" * 64
+NOT_COMPUTED = "not computed".ljust(64)
 NOT_READ = "not read".ljust(64)  # as long as a digest, so that the header keeps its size
 SLACK_BYTES = 64 << 20  # modules loaded and kernels set up after planning
 MEASURING_BYTES = 150 << 20  # compiled kernels and histograms of merges that measure whole tensors first
@@ -240,6 +241,7 @@ def merge_files(
     *,
     device: str = "cpu",
     max_memory: int | None = None,
+    hashes: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> MergeReport:
     """Merge models on disk into ``out``, tensor by tensor.
@@ -250,6 +252,7 @@ def merge_files(
             then the work is in ``OUT.partial``, and the same call goes on where an interrupted one stopped.
         device: where to compute.
         max_memory: bytes the process may need; more is refused before anything is computed.
+        hashes: write the SHA-256 of every input's contents into the result; costs half a second per GB read.
         progress: called with (values done, values in all, tensor name).
 
     Raises:
@@ -264,13 +267,19 @@ def merge_files(
     job = _open(recipe, device)
     try:
         plan = _planned(job, max_memory)
-        return _merge(job, plan, out, started, progress)
+        return _merge(job, plan, out, started, progress, hashes=hashes)
     finally:
         job.close()
 
 
 def _merge(
-    job: _Job, plan: MergePlan, out: Path, started: float, progress: Callable[[int, int, str], None] | None
+    job: _Job,
+    plan: MergePlan,
+    out: Path,
+    started: float,
+    progress: Callable[[int, int, str], None] | None,
+    *,
+    hashes: bool,
 ) -> MergeReport:
     single = out.suffix == ".safetensors"
     shard_bytes = plan.out_bytes + 1 if single else parse_bytes(plan.recipe.shard_size)
@@ -286,8 +295,11 @@ def _merge(
     )
     try:
         resumed = len(writer.finished)
-        _stream(job, plan, writer, out, progress)
-        inputs = {label: _digest_of(source, label, writer) for label, source in job.sources.items()}
+        _stream(job, plan, writer, out, progress, hashes=hashes)
+        inputs = {
+            label: _digest_of(source, label, writer) if hashes else NOT_COMPUTED
+            for label, source in job.sources.items()
+        }
         writer.finish(_metadata(plan, inputs))
         report = MergeReport(out, plan, inputs, time.perf_counter() - started, peak_memory_mb()["host"], resumed)
         _dress(partial, report, single=single)
@@ -301,7 +313,13 @@ def _merge(
 
 
 def _stream(
-    job: _Job, plan: MergePlan, writer: ModelWriter, out: Path, progress: Callable[[int, int, str], None] | None
+    job: _Job,
+    plan: MergePlan,
+    writer: ModelWriter,
+    out: Path,
+    progress: Callable[[int, int, str], None] | None,
+    *,
+    hashes: bool,
 ) -> None:
     total = sum(step.spec.numel for step in plan.steps)
     todo = [step for step in plan.steps if step.name not in writer.finished]
@@ -327,7 +345,7 @@ def _stream(
         stop_here()
 
     for file in job.files:
-        file.hashing = True
+        file.hashing = hashes
     job.merger.pulse = stop_here
     with _on_signal(stop):
         job.merger.run(todo, writer, done=done, model=plan.steps)

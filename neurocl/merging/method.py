@@ -64,6 +64,8 @@ class MergeMethod:
         measure: class of the :class:`Measurement` that the function takes as ``measured``, or None.
         measure_scope: whether one measurement is taken per tensor or over the whole model (all floating tensors, in
             the order of their sorted names); the option ``trim`` of the function overrides it when there is one.
+        spreads_nan: NaN or infinity in any entry of base or models makes that entry of the result NaN or infinity, so
+            that looking at the result is enough.
         order_matters: permuting the models changes the result.
         returns_single: one expert merged alone is returned unchanged.
     """
@@ -78,6 +80,7 @@ class MergeMethod:
     statistic: Statistic | None = None
     measure: Callable[..., Measurement] | None = None
     measure_scope: MeasureScope = "tensor"
+    spreads_nan: bool = False
     order_matters: bool = False
     returns_single: bool = True
 

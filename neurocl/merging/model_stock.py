@@ -12,7 +12,7 @@ from torch import Tensor
 from neurocl.errors import UserError
 from neurocl.merging.average import average
 from neurocl.merging.method import measured_on, merge_method
-from neurocl.merging.sums import StreamSum
+from neurocl.merging.sums import StreamProducts
 
 # Below this, 1 + (N - 1) cos is round-off: the task vectors cancel and their average is zero whatever the ratio.
 CANCELLED = 1e-12
@@ -28,21 +28,18 @@ class ModelStockMeasurement:
     def __init__(self, num_models: int) -> None:
         if num_models < 2:
             raise UserError(f"model-stock needs at least 2 models, got {num_models}")
-        self._pairs = [(first, second) for second in range(num_models) for first in range(second + 1)]
-        self._products = {pair: StreamSum() for pair in self._pairs}
+        self._products = StreamProducts(num_models)
         self.cosine = 0.0
 
     def update(self, base: Tensor, models: Tensor) -> None:
         """Take in one piece: ``base`` [n], ``models`` [N, n]."""
-        task_vectors = (models - base).double()
-        for first, second in self._pairs:
-            self._products[first, second].add(task_vectors[first] * task_vectors[second])
+        self._products.add(models - base)
 
     def another_pass(self) -> bool:
         """False: one pass gives all scalar products."""
-        products = {pair: total.total() for pair, total in self._products.items()}
+        products = self._products.totals()
         cosines = []
-        for first, second in self._pairs:
+        for first, second in products:
             if first == second:
                 continue
             lengths = math.sqrt(products[first, first]) * math.sqrt(products[second, second])

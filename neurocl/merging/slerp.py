@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from neurocl.merging.method import measured_on, merge_method
-from neurocl.merging.sums import StreamSum
+from neurocl.merging.sums import StreamProducts
 
 # Beyond this cosine the arc is so short, or so close to half a turn, that dividing by its sine loses digits.
 STRAIGHT = 0.9995
@@ -28,21 +28,19 @@ class SlerpMeasurement:
     def __init__(self, num_models: int = 2) -> None:
         if num_models != 2:
             raise ValueError(f"slerp interpolates between two models, got {num_models}")
-        self._dot, self._first, self._second = StreamSum(), StreamSum(), StreamSum()
+        self._products = StreamProducts(2)
         self.cosine = 1.0
 
     def update(self, base: Tensor, models: Tensor) -> None:
         """Take in one piece: ``models`` [2, n]."""
-        first, second = models.double()
-        self._dot.add(first * second)
-        self._first.add(first * first)
-        self._second.add(second * second)
+        self._products.add(models)
 
     def another_pass(self) -> bool:
         """False: one pass gives the angle."""
-        lengths = math.sqrt(self._first.total()) * math.sqrt(self._second.total())
+        products = self._products.totals()
+        lengths = math.sqrt(products[0, 0]) * math.sqrt(products[1, 1])
         if lengths > 0:
-            self.cosine = min(1.0, max(-1.0, self._dot.total() / lengths))
+            self.cosine = min(1.0, max(-1.0, products[0, 1] / lengths))
         return False
 
 
