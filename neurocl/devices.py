@@ -80,7 +80,13 @@ def keep_freed_memory() -> bool:
 
 
 def prepare(device: str, precision: str, threads: int | None, *, keep_memory: bool = True) -> Runtime:
-    """Set the thread count, the matrix-product format and the allocator, and resolve the device."""
+    """Set the thread count, the matrix-product format and the allocator, and resolve the device.
+
+    Raises:
+        UserError: a device that is not here, or a precision that is neither ``fp32`` nor ``bf16``.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"precision must be fp32 or bf16, got {precision!r}")
     if threads is not None:
         torch.set_num_threads(threads)
     resolved = resolve_device(device)

@@ -42,11 +42,20 @@ class Entry:
     source: str = "neurocl"
 
     def load(self) -> Any:
-        """Import and return the registered object."""
+        """Import and return the registered object.
+
+        Raises:
+            UserError: what another distribution registered cannot be imported.
+        """
         if not isinstance(self.target, str):
             return self.target
         module, _, attribute = self.target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            if self.source == "neurocl":
+                raise
+            raise UserError(f"{self.name!r} of {self.source} cannot be imported ({error})") from error
 
 
 class Registry:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from neurocl import continual, data, merging, spiking
+from neurocl import continual, data, merging, spiking, trajectory
 from neurocl.continual import METHODS
 from neurocl.merging.recipe import ModelEntry
 from neurocl.merging.suite import SuiteConfig
+from neurocl.trajectory.config import AugmentConfig, StageConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -157,6 +158,7 @@ def test_the_configuration_page_names_every_key():
     page = (ROOT / "docs" / "reference" / "configuration.md").read_text(encoding="utf-8")
     training = (spiking.SpikingTrainConfig, spiking.NeuronConfig, continual.OptimizerConfig)
     models = (*training, merging.Recipe, ModelEntry, merging.ParameterRules, SuiteConfig)
+    models += (trajectory.TrajectoryConfig, StageConfig, AugmentConfig)
     keys = {name for model in models for name in model.model_fields}
     assert not {key for key in keys if f"`{key}`" not in page}
 
@@ -170,7 +172,7 @@ def test_the_run_folder_page_names_every_key_of_a_result():
 
 
 def test_the_reference_pages_show_every_public_name():
-    for module in (spiking, continual, data, merging):
+    for module in (spiking, continual, data, merging, trajectory):
         name = module.__name__
         page = (ROOT / "docs" / "reference" / f"{name.rpartition('.')[2]}.md").read_text(encoding="utf-8")
         assert not {public for public in module.__all__ if public not in page}, name

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -171,20 +172,29 @@ def load_pretrained(name: str = "efficientnet_lite0") -> EfficientNetLite:
     path = weights_path(name)
     model = EfficientNetLite(name)
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        state = {key: value.float() for key, value in load_file(path).items()}
+        try:
+            state = {key: value.float() for key, value in load_file(path).items()}
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     else:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != VARIANTS[name].package_sha256:
             raise UserError(f"{path}: not the published weights of {name} (its SHA-256 differs)")
-        published = torch.load(path, map_location="cpu", weights_only=True)
+        # the very bytes that were checked
+        published = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         names = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
         values = [value for key, value in published.items() if not key.endswith("num_batches_tracked")]
         state = dict(zip(names, values, strict=True))
-    wrong = [key for key in model.load_state_dict(state, strict=False).missing_keys if "num_batches" not in key]
-    if wrong:
-        raise UserError(f"{path}: tensor {wrong[0]!r} is missing")
+    for key, value in model.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if key not in state or state[key].shape != value.shape:
+            found = list(state[key].shape) if key in state else "missing"
+            raise UserError(f"{path}: tensor {key!r} is {found}, {name} has {list(value.shape)}")
+    model.load_state_dict(state, strict=False)
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from neurocl import __version__
-from neurocl.cli import catalogue, continual, data, doctor, merging, report, reproduce, spiking
+from neurocl.cli import catalogue, continual, data, doctor, merging, report, reproduce, spiking, trajectory
+from neurocl.compat.argument_help import ensure_argument_help
 from neurocl.errors import NeuroclError
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ def _root(
 app.add_typer(spiking.app, name="spiking", rich_help_panel="Areas")
 app.add_typer(continual.app, name="continual", rich_help_panel="Areas")
 app.add_typer(merging.app, name="merging", rich_help_panel="Areas")
+app.add_typer(trajectory.app, name="trajectory", rich_help_panel="Areas")
 app.add_typer(data.app, name="data", rich_help_panel="Data and results")
 app.command("report", rich_help_panel="Data and results")(report.report)
 app.command("reproduce", rich_help_panel="Data and results")(reproduce.reproduce)
@@ -56,6 +58,7 @@ def main() -> None:
     """Run the command line; a mistake ends in one line and its exit code, ``--debug`` shows the traceback."""
     # Threads that spin while they wait make a busy machine many times slower; torch's runtime reads this when it loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ensure_argument_help()
     debug = "--debug" in sys.argv
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:

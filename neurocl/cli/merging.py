@@ -166,6 +166,7 @@ def merge(
         from neurocl.merging.smoke import smoke_recipe
         from neurocl.runs import fresh_folder
 
+        _require_files(method or "average")
         folder = fresh_folder(f"smoke-{method or 'average'}")
         values = smoke_recipe(method or "average", folder).model_dump()
         out = out or folder / "merged"
@@ -195,6 +196,14 @@ def merge(
             if bar is not None:
                 bar.close()
     _print_report(report, as_json)
+
+
+def _require_files(method: str) -> None:
+    """Refuse merges of networks before anything is made for them."""
+    from neurocl.merging.catalog import MERGES
+
+    if "networks" in MERGES.entry(method).areas:
+        raise UserError(f"{method} does not merge files; `neurocl merging info {method}` says how it is called")
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -357,7 +366,8 @@ def _print_plan(plan: MergePlan, as_json: bool) -> None:
     console = Console(highlight=False)
     console.print(f"[bold]{plan.method.name}[/bold]: {plan.method.summary}")
     if plan.recipe.options:
-        console.print("options: " + ", ".join(f"{key} = {value}" for key, value in plan.recipe.options.items()))
+        options = ", ".join(f"{key} = {value}" for key, value in plan.recipe.options.items())
+        console.print(f"options: {options}", markup=False)
     console.print(_class_table(plan))
     for sentence in plan.left_out[:20]:
         console.print(f"note: {sentence}", markup=False)
@@ -429,11 +439,17 @@ def methods(as_json: JsonOption = False) -> None:
     from neurocl.merging.catalog import MERGES
     from neurocl.merging.describe import described
 
-    rows = [described(name) for name in MERGES.names()]
+    rows = []
+    for name in MERGES.names():
+        try:
+            rows.append(described(name))
+        except UserError as error:  # a plug-in that cannot be used; the others can
+            _say(f"neurocl: left out: {error}")
     if as_json:
         typer.echo(json.dumps(rows, indent=1, default=str))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -451,8 +467,10 @@ def methods(as_json: JsonOption = False) -> None:
             if row["works on"] == area:
                 options = " ".join(option["name"] for option in row["options"])
                 needs = [need for need in row["needs"] if area == "weights" and need != "base"]
-                summary = MERGES.entry(row["name"]).summary + "".join(f"; needs {need}" for need in needs)
-                table.add_row(row["name"], summary, options)
+                entry = MERGES.entry(row["name"])
+                own = entry.source == "neurocl"
+                summary = entry.summary if own else f"{row['summary'].rstrip('.')} ({entry.summary})"
+                table.add_row(row["name"], escape(summary + "".join(f"; needs {need}" for need in needs)), options)
         console.print(table)
         console.print()
     console.print(
@@ -515,13 +533,14 @@ def _print_model(path: Path, as_json: bool) -> None:
     source = FileSource.open(path / WEIGHTS_NAME if adapter else path)
     kinds: Counter[str] = Counter()
     values: Counter[str] = Counter()
+    statistics = HEADER_KEY in source.metadata
     for name, spec in source.tensors.items():
-        kind = classify(name, spec)
+        kind = name.partition("/")[0] if statistics else classify(name, spec)
         kinds[kind] += 1
         values[kind] += spec.numel
     document: dict[str, Any] = {
         "path": str(path),
-        "kind": "LoRA adapter" if adapter else "statistics" if HEADER_KEY in source.metadata else "weights",
+        "kind": "LoRA adapter" if adapter else "statistics" if statistics else "weights",
         "files": sorted({place.file.name for place in source.placed.values()}),
         "tensors": len(source.tensors),
         "values": sum(values.values()),
@@ -615,9 +634,11 @@ def stats(
     """
     from neurocl.devices import prepare
     from neurocl.merging.gathering import gather
+    from neurocl.runs import make_folder
 
     if out.exists():
         raise UserError(f"{out} exists already; choose another --out")
+    make_folder(out.absolute().parent)
     runtime = prepare(device, "fp32", threads)
     found = gather(
         model,
@@ -666,7 +687,7 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the suite; an unfinished one goes on.", show_default="runs/...")
     ] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="One pass over the data, in seconds.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A small network and few passes, in seconds.")] = False,
     data_dir: DataOption = None,
     device: SuiteDeviceOption = "auto",
     precision: SuitePrecisionOption = "fp32",
@@ -682,13 +703,13 @@ def train(
     from neurocl.devices import prepare
     from neurocl.merging.evaluation import Evaluator
     from neurocl.merging.regularisers import regulariser_factory
-    from neurocl.merging.suite import suite_config
+    from neurocl.merging.suite import SMOKE, suite_config
     from neurocl.merging.training import train_suite
     from neurocl.runs import fresh_folder
 
     changes = {
         "seed": seed,
-        **({"pretrain_epochs": 2, "epochs": 1} if smoke else {}),
+        **(SMOKE if smoke else {}),
         **parse_overrides(assignments or []),
     }
     if tasks is not None:
@@ -750,15 +771,12 @@ def evaluate(
     """Accuracy of a model on every task of a suite, absolute and in percent of the task's own expert."""
     from neurocl.devices import prepare
     from neurocl.merging.evaluation import Evaluator
-    from neurocl.merging.suite import Suite, load_state
+    from neurocl.merging.suite import Suite, load_fitting
 
     if split not in ("test", "val"):
         raise UserError(f"--split must be test or val, got {split!r}")
     opened = Suite.open(suite, data_dir=data_dir)
-    state = load_state(model)
-    odd = {n: v.shape for n, v in state.items()}.items() ^ {n: v.shape for n, v in opened.base.items()}.items()
-    if odd:
-        raise UserError(f"{model}: tensor {min(name for name, _ in odd)!r} does not fit the network of {suite}")
+    state = load_fitting(model, opened.network_config)
     scores = Evaluator(opened, prepare(device, precision, threads)).scores(state, split)  # type: ignore[arg-type]
     if as_json:
         document = {
@@ -792,6 +810,7 @@ def compare(
     device: SuiteDeviceOption = "auto",
     precision: SuitePrecisionOption = "fp32",
     threads: MergeThreadsOption = None,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the experts of a suite with every method; table and plots of absolute and normalised accuracy.
@@ -804,6 +823,7 @@ def compare(
     from neurocl.merging.suite import Suite
     from neurocl.merging.tables import FORMATS, comparison_table
 
+    form = "json" if as_json else form
     if form not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
     opened = Suite.open(suite, data_dir=data_dir)

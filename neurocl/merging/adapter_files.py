@@ -26,6 +26,8 @@ from neurocl.merging.peft import WEIGHTS_NAME, Adapter, copy_small_files, is_ada
 from neurocl.merging.recipe import Recipe, recipe_values, relative_to
 from neurocl.runs import make_folder, sha256, write_atomically, write_error
 
+# Keys of a recipe that speak of weight files.
+WEIGHTS_ONLY = ("parameters", "on_mismatch", "compute_dtype", "shard_size")
 ADDS_RANKS = frozenset({"lora-cat", "core-space", "knots"})  # unless a rank is asked for
 
 
@@ -109,6 +111,13 @@ def _write(
 def _read(recipe: Recipe) -> list[Adapter]:
     if recipe.base is not None:
         raise UserError(f"{recipe.method} merges adapters with each other and takes no base")
+    for key in WEIGHTS_ONLY:
+        if getattr(recipe, key) != Recipe.model_fields[key].default:
+            raise UserError(
+                f"{recipe.method} merges adapters, for which the recipe's {key!r} has no meaning; leave it out"
+            )
+    if any(entry.statistics is not None for entry in recipe.models):
+        raise UserError(f"{recipe.method} takes no statistics")
     for entry in recipe.models:
         if not is_adapter(entry.path):
             raise UserError(f"{entry.path}: not a PEFT adapter folder, which {recipe.method} merges")

@@ -21,7 +21,7 @@ from neurocl.errors import UserError
 from neurocl.merging.iso import iso_c, iso_cts
 from neurocl.merging.knots import knots, merge_in_core_space
 from neurocl.merging.lora import LoraLayer, Weights, check_sizes, nearest_of_rank, stacked_factors, weight_list
-from neurocl.merging.method import MergeMethod, _reference
+from neurocl.merging.method import MergeMethod, reference_in
 from neurocl.merging.ties import Density, Sign
 from neurocl.merging.tsv import tsv_merge
 from neurocl.merging.wudi import wudi
@@ -72,7 +72,7 @@ def adapter_merge(name: str, **properties: Any) -> Callable[[FunctionT], Functio
     """
 
     def declare(function: FunctionT) -> FunctionT:
-        reference = _reference(inspect.getdoc(function) or "")
+        reference = reference_in(inspect.getdoc(function) or "")
         ADAPTER_MERGES[name] = AdapterMerge(name, function, reference, **properties)
         function.merge = ADAPTER_MERGES[name]  # type: ignore[attr-defined]
         return function

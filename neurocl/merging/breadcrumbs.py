@@ -127,7 +127,7 @@ class PruneMeasurement:
                 return True
             self.thresholds = self._magnitudes.values[:, 0]
             self._magnitudes = None
-            # Pruning keeps the largest entry, so the maximum norm is what it was.
+            # The largest entry stays if any does, so the maximum norm is what it was.
             return self._rescale in ("l1", "l2")
         totals = [(before.total(), after.total()) for before, after in zip(self._before, self._after, strict=True)]
         ratios = [before / after if after > 0 else 1.0 for before, after in totals]

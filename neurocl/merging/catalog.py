@@ -47,7 +47,7 @@ MERGES = Registry(
         _adapters("lora-ties", "lora_ties", "TIES on the factors (PEFT's ties)"),
         _adapters("lora-dare", "lora_dare", "DARE on the factors (PEFT's dare)"),
         _adapters("lora-magnitude", "lora_magnitude", "pruned factors (PEFT's magnitude_prune)"),
-        _adapters("core-space", "core_space_merge", "any merge of weights in the shared core of the adapters"),
+        _adapters("core-space", "core_space_merge", "TSV-M, Iso or WUDI on small cores that stand for the updates"),
         _adapters("knots", "knots", "TIES or the like in the shared singular space of the updates", "knots"),
         _networks("regmean-pp", "regmean_plus:regmean_pp", "RegMean with inputs from the merged blocks before"),
         _networks("com", "com:chain_of_merges", "least squares layer by layer behind the merged prefix"),

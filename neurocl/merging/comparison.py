@@ -19,7 +19,7 @@ from neurocl.merging.collector import collect
 from neurocl.merging.evaluation import Evaluator, Scores
 from neurocl.merging.iso import subspace_alignment
 from neurocl.merging.masks import compress
-from neurocl.merging.memory import merge
+from neurocl.merging.memory import find_method, merge
 from neurocl.merging.statistics import Statistics
 from neurocl.merging.suite import LOGIT_SCALE, Suite, network
 from neurocl.registry import did_you_mean
@@ -175,7 +175,7 @@ def merged_with(contender: Contender, suite: Suite, calibration: Calibration) ->
     entry = MERGES.entry(contender.method)
     device = calibration.runtime.device
     if "networks" not in entry.areas:
-        needed = entry.load().merge.statistic
+        needed = find_method(contender.method).statistic
         statistics = calibration.statistics(needed) if needed else None
         found = merge(suite.base, models, contender.method, statistics=statistics, device=device, **contender.options)
         return {name: value.cpu() for name, value in found.items()}

@@ -7,7 +7,7 @@ import typing
 from typing import Any
 
 from neurocl.merging.catalog import MERGES
-from neurocl.merging.method import MergeMethod, argument_meanings
+from neurocl.merging.method import MergeMethod, argument_meanings, declared, reference_in
 
 # Arguments of merges of networks that are inputs, not options.
 NETWORK_INPUTS = frozenset(
@@ -19,7 +19,7 @@ def declaration(name: str) -> MergeMethod | None:
     """The declaration of a merge of weights or adapters; None for merges of networks, which are plain functions.
 
     Raises:
-        UserError: no merge of that name.
+        UserError: no merge of that name, or a plug-in's that cannot be used.
     """
     entry = MERGES.entry(name)
     if "networks" in entry.areas:
@@ -28,8 +28,7 @@ def declaration(name: str) -> MergeMethod | None:
         from neurocl.merging.adapters import ADAPTER_MERGES
 
         return ADAPTER_MERGES[name]
-    found: MergeMethod = entry.load().merge
-    return found
+    return declared(entry.load(), name)
 
 
 def option_fields(name: str) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def described(name: str) -> dict[str, Any]:
     entry = MERGES.entry(name)
     method = declaration(name)
     function = entry.load() if method is None else method.function
-    text = inspect.getdoc(function) or ""
+    text = (inspect.getdoc(function) or "").replace("``", "")
     meanings = argument_meanings(text)
     options = []
     for option, field in option_fields(name).items():
@@ -71,14 +70,9 @@ def described(name: str) -> dict[str, Any]:
         "about": _body(text),
         "needs": _needs(method, entry.areas),
         "options": options,
-        "reference": method.reference if method else _reference_of(text),
+        "reference": method.reference if method else reference_in(text),
         "source": entry.source,
     }
-
-
-def _reference_of(text: str) -> str:
-    _, _, reference = text.partition("Reference: ")
-    return " ".join(reference.split())
 
 
 def _body(text: str) -> str:

@@ -22,10 +22,6 @@ from neurocl.merging.rounding import rounded
 
 Action = Literal["merge", "mean", "copy"]
 OnMismatch = Literal["error", "base"]
-# Memory of merges of whole matrices in copies of the matrix, measured: for each model, and besides.
-MATRIX_COPIES = {"iso-c": (1.5, 10.0), "iso-cts": (5.3, 11.0), "tsv-m": (4.7, 5.0), "wudi": (3.0, 16.0)}
-OTHER_COPIES = (5.3, 16.0)
-SQUARE_COPIES = {"wudi": 17.0, "regmean": 10.0}  # and of matrices [inputs, inputs]
 ALLOCATOR = 1.15  # what the allocator holds beyond what is asked for
 PIECE_BYTES = {"cpu": 3 << 20, "cuda": 512 << 20}  # on a CPU what stays in its cache, on a GPU what hides the launches
 
@@ -253,12 +249,11 @@ class Merger:
         if not self.whole_tensors(step):
             count = min(step.spec.numel, self.piece())
             return statistics + count * (width * (2 * models + 4) + 8 * (models + 1))
-        per_model, besides = MATRIX_COPIES.get(self.method.name, OTHER_COPIES)
-        numel = step.spec.numel
-        matrices = (per_model * models + besides) * numel
+        copies, numel = self.method.copies, step.spec.numel
+        matrices = (copies.per_model * models + copies.besides) * numel
         if len(step.spec.shape) == 2:
             wide = max(0, step.spec.shape[1] ** 2 - (numel if self.method.statistic is None else 0))
-            matrices += SQUARE_COPIES.get(self.method.name, 0.0) * wide
+            matrices += copies.square * wide
         return statistics + int(ALLOCATOR * width * matrices) + 8 * (models + 1) * numel
 
     def _statistic_numel(self, step: Step) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from neurocl.devices import Runtime
+from neurocl.errors import UserError
 from neurocl.merging.suite import Items, Split, Suite, logits, network
 
 
@@ -38,7 +39,17 @@ class Scores:
 
     @property
     def normalised(self) -> dict[str, float]:
-        """Percent of the expert's accuracy, by task."""
+        """Percent of the expert's accuracy, by task.
+
+        Raises:
+            UserError: an expert got nothing right.
+        """
+        useless = [task for task in self.absolute if not self.reference[task]]
+        if useless:
+            raise UserError(
+                f"the expert of {useless[0]} gets no picture right, so there is no share of its accuracy to take; "
+                "train it longer or measure on more pictures"
+            )
         return {task: 100.0 * value / self.reference[task] for task, value in self.absolute.items()}
 
     @property

@@ -25,11 +25,11 @@ from neurocl.merging.card import model_card, short_names
 from neurocl.merging.catalog import MERGES
 from neurocl.merging.checkpoints import PICKLES, FileSource
 from neurocl.merging.engine import Merger, Plan, Source, StatisticsOf, Step
-from neurocl.merging.method import MergeMethod
+from neurocl.merging.method import MergeMethod, declared
 from neurocl.merging.output import ModelWriter, shard_layout
 from neurocl.merging.peft import AdapterSource, is_adapter
 from neurocl.merging.recipe import ModelEntry, Recipe, parse_bytes, recipe_values, relative_to
-from neurocl.runs import make_folder, sha256, write_atomically, write_error
+from neurocl.runs import make_folder, read_json, sha256, write_atomically, write_error
 
 REPORT_SCHEMA = 1
 MAX_COPIED_BYTES = 64 << 20
@@ -112,11 +112,10 @@ class _Job:
 
 
 def _open(recipe: Recipe, device: str) -> _Job:
-    if recipe.method in MERGES.names("weights"):
-        method: MergeMethod = MERGES.load(recipe.method).merge
-    else:
-        MERGES.entry(recipe.method)
-        raise UserError(f"{recipe.method} does not merge weight files; `neurocl merging info {recipe.method}` says how")
+    entry = MERGES.entry(recipe.method)
+    if entry.name not in MERGES.names("weights"):
+        raise UserError(f"{entry.name} does not merge weight files; `neurocl merging info {entry.name}` says how")
+    method = declared(entry.load(), entry.name)
     files: list[FileSource] = []
 
     def source(path: Path, base: FileSource | None) -> Source:
@@ -167,15 +166,16 @@ def _require_same_network(paths: Sequence[Path]) -> None:
         config = path / "config.json"
         if not config.is_file() or is_adapter(path):
             continue
-        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError):
-            document = json.loads(config.read_text(encoding="utf-8"))
-            for key in ("architectures", "model_type", "vocab_size"):
-                value = document.get(key) if isinstance(document, dict) else None
-                if value is None:
-                    continue
-                other, where = seen.setdefault(key, (value, path))
-                if other != value:
-                    raise UserError(f"{path} and {where} differ in {key}: {value} and {other}; they cannot be merged")
+        document: Any = None
+        with contextlib.suppress(UserError):  # what cannot be read says nothing about the network
+            document = read_json(config)
+        for key in ("architectures", "model_type", "vocab_size"):
+            value = document.get(key) if isinstance(document, dict) else None
+            if value is None:
+                continue
+            other, where = seen.setdefault(key, (value, path))
+            if other != value:
+                raise UserError(f"{path} and {where} differ in {key}: {value} and {other}; they cannot be merged")
 
 
 def process_bytes() -> int:

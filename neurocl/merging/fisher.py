@@ -40,13 +40,19 @@ def fisher_merging(
 
     Reference: Matena and Raffel, "Merging models with Fisher-weighted averaging", NeurIPS 2022, arXiv 2111.09832.
     """
-    share = fisher.to(models.dtype) + floor
-    if weights is not None:
-        share = share * weights.to(models).reshape(-1, *[1] * (models.ndim - 1))
-    first, total = models[0], share.sum(0)
+    first = models[0]
+    total, moved, plain = torch.zeros_like(first), torch.zeros_like(first), torch.zeros_like(first)
+    # One model after the other: the order in which a reduction adds may depend on the shape of the piece.
+    for index, model in enumerate(models):
+        share = fisher[index].to(models.dtype) + floor
+        if weights is not None:
+            share = share * weights[index].to(models)
+        change = model - first
+        total += share
+        moved += share * change
+        plain += change
     known = total > 0
-    moved = (share * (models - first)).sum(0) / torch.where(known, total, 1)
-    return first + torch.where(known, moved, (models - first).mean(0))
+    return first + torch.where(known, moved / torch.where(known, total, 1), plain / len(models))
 
 
 def fisher_weights(statistics: Sequence[Statistics]) -> Tensor:

@@ -14,7 +14,7 @@ from neurocl.devices import Runtime
 from neurocl.errors import UserError
 from neurocl.merging.collector import Wanted, collect
 from neurocl.merging.statistics import Statistics
-from neurocl.merging.suite import LOGIT_SCALE, Suite, load_state, network
+from neurocl.merging.suite import LOGIT_SCALE, Suite, load_fitting, network
 from neurocl.merging.transformers_models import input_batches, load_transformers_model, output_of
 from neurocl.registry import did_you_mean
 
@@ -97,7 +97,7 @@ def _of_suite(
     opened = Suite.open(suite, data_dir=data_dir)
     if task not in opened.tasks:
         raise UserError(f"{suite} has no task {task!r} (choose from {', '.join(opened.tasks)})")
-    net = network(opened.network_config, load_state(model)).to(runtime.device)
+    net = network(opened.network_config, load_fitting(model, opened.network_config)).to(runtime.device)
     items = opened.items(task, "train").first(num_examples)
     head = opened.heads[task].to(runtime.device)
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from neurocl.merging.linear_algebra import SvdSolver, polar, truncated_svd
-from neurocl.merging.method import merge_method
+from neurocl.merging.method import Copies, merge_method
 
 RankTolerance = Annotated[float, Field(ge=0, lt=1)]
 
@@ -27,7 +27,7 @@ def task_matrices(base: Tensor, models: Tensor, weights: Tensor | None) -> Tenso
     return tasks * weights.to(tasks).reshape(-1, *[1] * base.ndim)
 
 
-@merge_method("iso-c", scope="matrix", returns_single=False)
+@merge_method("iso-c", scope="matrix", returns_single=False, copies=Copies(1.5, 10.0))
 def iso_c(
     base: Tensor,
     models: Tensor,
@@ -62,7 +62,7 @@ def iso_c(
     return base + (1 - flatten) * total + flatten * mean[..., None, None] * factor
 
 
-@merge_method("iso-cts", scope="matrix", returns_single=False)
+@merge_method("iso-cts", scope="matrix", returns_single=False, copies=Copies(5.3, 11.0))
 def iso_cts(
     base: Tensor,
     models: Tensor,

@@ -11,7 +11,7 @@ from neurocl.devices import resolve_device
 from neurocl.errors import UserError
 from neurocl.merging.catalog import MERGES
 from neurocl.merging.engine import MemorySink, MemorySource, Merger, StatisticsOf, tied_names
-from neurocl.merging.method import MergeMethod
+from neurocl.merging.method import MergeMethod, declared
 from neurocl.merging.parameters import ParameterRules
 
 StateDict = Mapping[str, torch.Tensor]
@@ -21,14 +21,14 @@ def find_method(name: str) -> MergeMethod:
     """The declaration of a merge of weights.
 
     Raises:
-        UserError: no such merge, or one that merges adapters or networks; the message says what to call instead.
+        UserError: no such merge, one that is no merge of weights (the message says what to call instead), or a
+            plug-in's that cannot be used.
     """
     entry = MERGES.entry(name)
     if "weights" not in (entry.areas or ("weights",)):
         home = {"adapters": "merge_adapters", "networks": "its own function"}[entry.areas[0]]
         raise UserError(f"{name} does not merge state dicts; use {home}, see `neurocl merging info {name}`")
-    declared: MergeMethod = entry.load().merge
-    return declared
+    return declared(entry.load(), name)
 
 
 def merge(

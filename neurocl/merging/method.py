@@ -11,12 +11,13 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import Field, create_model
 
 from neurocl.config import Config, validate
+from neurocl.errors import UserError
 
 Scope = Literal["elements", "tensor", "matrix"]
 Statistic = Literal["gram", "fisher"]
@@ -45,6 +46,23 @@ class Measurement(Protocol):
         """Called when all pieces were shown; true asks to see them once more."""
 
 
+class Copies(NamedTuple):
+    """Memory that a merge of whole tensors takes at its peak, measured in copies of the tensor.
+
+    Attributes:
+        per_model: for each model.
+        besides: whatever the number of models.
+        square: of matrices [inputs, inputs], for merges that make such.
+    """
+
+    per_model: float = 5.3
+    besides: float = 16.0
+    square: float = 0.0
+
+
+MOST_COPIES = Copies()
+
+
 @dataclass(frozen=True)
 class MergeMethod:
     """A merge function with what the engine and the documentation need to know about it.
@@ -68,6 +86,8 @@ class MergeMethod:
             that looking at the result is enough.
         order_matters: permuting the models changes the result.
         returns_single: one expert merged alone is returned unchanged.
+        copies: memory of a merge of whole tensors, for the estimate before it runs; the default is the most that any
+            built-in one takes.
     """
 
     name: str
@@ -83,6 +103,7 @@ class MergeMethod:
     spreads_nan: bool = False
     order_matters: bool = False
     returns_single: bool = True
+    copies: Copies = MOST_COPIES
 
     @property
     def summary(self) -> str:
@@ -118,6 +139,18 @@ class MergeMethod:
         return validate(self.options, options, source=f"merge {self.name!r}").model_dump()
 
 
+def declared(function: Any, name: str) -> MergeMethod:
+    """The declaration that :func:`merge_method` left on ``function``, which is registered under ``name``.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = getattr(function, "merge", None)
+    if not isinstance(found, MergeMethod):
+        raise UserError(f"merge {name!r} is registered, but it is no function declared with @merge_method")
+    return found
+
+
 FunctionT = TypeVar("FunctionT", bound=Callable[..., torch.Tensor])
 
 
@@ -134,7 +167,7 @@ def merge_method(name: str, **properties: Any) -> Callable[[FunctionT], Function
     """
 
     def declare(function: FunctionT) -> FunctionT:
-        reference = properties.pop("reference", None) or _reference(inspect.getdoc(function) or "")
+        reference = properties.pop("reference", None) or reference_in(inspect.getdoc(function) or "")
         function.merge = MergeMethod(name, function, reference, **properties)  # type: ignore[attr-defined]
         return function
 
@@ -158,7 +191,8 @@ def argument_meanings(text: str) -> dict[str, str]:
     return meanings
 
 
-def _reference(text: str) -> str:
+def reference_in(text: str) -> str:
+    """The ``Reference:`` paragraph of a docstring on one line, empty if there is none."""
     found = re.search(r"^Reference: (.*?)(?=\n\s*\n|\Z)", text, re.MULTILINE | re.DOTALL)
     return " ".join(found.group(1).split()) if found else ""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from neurocl.errors import UserError
 from neurocl.merging.lora import LoraLayer
 from neurocl.registry import did_you_mean
-from neurocl.runs import make_folder, read_json, write_atomically
+from neurocl.runs import make_folder, read_json, sha256, write_atomically
 
 POOL_SCHEMA = 1
 INDEX = "index.json"
@@ -215,10 +215,10 @@ class TaskVectorPool:
         for name, entry in _read_index(folder, base_digest(base)).items():
             path = folder / entry["file"]
             try:
-                payload = path.read_bytes()
+                digest = sha256(path)
             except OSError as error:
                 raise UserError(f"{path}: {error.strerror}") from None
-            if hashlib.sha256(payload).hexdigest() != entry["sha256"]:
+            if digest != entry["sha256"]:
                 raise UserError(f"{path}: damaged, its SHA-256 is not the one in {INDEX}")
             pool.add(name, _decoded(path))
         return pool

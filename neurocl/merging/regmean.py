@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from neurocl.merging.linear_algebra import solve_psd
-from neurocl.merging.method import merge_method
+from neurocl.merging.method import Copies, merge_method
 
 
-@merge_method("regmean", scope="matrix", statistic="gram", needs_base=False)
+@merge_method("regmean", scope="matrix", statistic="gram", needs_base=False, copies=Copies(square=10.0))
 def regmean(
     base: Tensor,
     models: Tensor,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from neurocl.devices import Runtime
@@ -19,7 +18,7 @@ from neurocl.merging.collector import Wanted, collect
 from neurocl.merging.ita_iel import Iel, Ita
 from neurocl.merging.linearised import unit_rows
 from neurocl.merging.statistics import Statistics
-from neurocl.merging.suite import Suite, SuiteConfig, load_state, logits, network
+from neurocl.merging.suite import Suite, SuiteConfig, load_head, load_state, logits, network
 from neurocl.merging.tak import Tak, aggregate
 from neurocl.merging.training import Regulariser
 from neurocl.runs import make_folder
@@ -97,7 +96,7 @@ def _statistics(suite: Suite, task: str, kind: Wanted, parameters: Sequence[str]
 
 
 def _collect(suite: Suite, task: str, kind: Wanted, parameters: Sequence[str], runtime: Runtime, path: Path) -> None:
-    head = load_file(suite.path / "heads" / f"{task}.safetensors")["head"] if kind == "fisher" else None
+    head = load_head(suite.path, task) if kind == "fisher" else None
 
     def forward(module: nn.Module, batch: Any) -> Tensor:
         embedding = module(batch)

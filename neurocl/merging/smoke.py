@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import torch
 
 from neurocl.devices import prepare
 from neurocl.merging.catalog import MERGES
-from neurocl.merging.describe import declaration
 from neurocl.merging.gathering import gather
 from neurocl.merging.lora import LoraLayer
+from neurocl.merging.memory import find_method
 from neurocl.merging.peft import CONFIG_NAME, WEIGHTS_NAME
 from neurocl.merging.recipe import ModelEntry, Recipe
-from neurocl.merging.suite import suite_config
+from neurocl.merging.suite import SMOKE, suite_config
 from neurocl.merging.training import train_suite
 from neurocl.runs import make_folder, write_atomically
 
@@ -25,17 +26,17 @@ RANK = 4
 def smoke_recipe(method: str, folder: Path) -> Recipe:
     """Make what ``method`` needs in ``folder`` and return the recipe that merges it.
 
-    Experts of two tasks of the embedded digits, trained for one pass; their statistics where the method asks for them;
-    for merges of adapters the leading singular directions of what the experts learned.
+    Experts of two tasks of the embedded digits, trained for a few passes; their statistics where the method asks for
+    them; for merges of adapters the leading singular directions of what the experts learned.
     """
+    entry = MERGES.entry(method)
     runtime = prepare("cpu", "fp32", None, keep_memory=False)
-    config = suite_config("digits", tasks=TASKS, width=32, depth=2, heads=2, pretrain_epochs=2, epochs=1)
+    config = suite_config("digits", **{**SMOKE, "tasks": TASKS})
     suite = train_suite(config, folder / "suite", runtime=runtime)
     experts = [suite.path / "experts" / task for task in TASKS]
-    entry = MERGES.entry(method)
     if "adapters" in entry.areas:
         return Recipe(method=method, models=tuple(ModelEntry(path=path) for path in _adapters(suite, folder)))
-    statistic = getattr(declaration(method), "statistic", None)
+    statistic = find_method(method).statistic
     entries = []
     for task, path in zip(TASKS, experts, strict=True):
         file = None
@@ -65,7 +66,7 @@ def _adapters(suite: Any, folder: Path) -> list[Path]:
             tensors[f"base_model.model.{module}.lora_A.weight"] = layer.A.contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = layer.B.contiguous()
         save_file(tensors, path / WEIGHTS_NAME, metadata={"format": "pt"})
-        config = '{"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["qkv", "proj", "fc1", "fc2"]}'
-        write_atomically(path / CONFIG_NAME, config)
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["qkv", "proj", "fc1", "fc2"]}
+        write_atomically(path / CONFIG_NAME, json.dumps(config))
         paths.append(path)
     return paths

@@ -178,6 +178,8 @@ class Statistics:
             UserError: no such file, not statistics, or an entry with a wrong shape, count or value; it is named.
         """
         path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: {'a folder, not a file of statistics' if path.is_dir() else 'no such file'}")
         result = cls()
         try:
             with safe_open(str(path), framework="pt") as stream:
@@ -192,8 +194,6 @@ class Statistics:
                     _check(path, key, kind, total)
                     num_samples, num_rows = counts[key]
                     result.add(kind, name, total.double(), num_samples=num_samples, num_rows=num_rows)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: not a safetensors file ({error})") from None
         return result

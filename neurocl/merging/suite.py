@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
-from safetensors.torch import load_file, save_file
+from pydantic import Field, model_validator
+from safetensors.torch import save_file
 
 from neurocl.backbones.vit import VisionTransformer, VitConfig
 from neurocl.config import Config, validate
@@ -68,6 +68,12 @@ class SuiteConfig(Config):
     strength: Annotated[float, Field(ge=0)] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
 
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> SuiteConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        return self
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {},
@@ -81,6 +87,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 10,
         "lr": 2e-4,
     },
+}
+# A small network that has learnt a little, in seconds: enough to see that everything runs.
+SMOKE: dict[str, Any] = {
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "pretrain_epochs": 8,
+    "pretrain_lr": 5e-3,
+    "epochs": 3,
+    "lr": 2e-3,
+    "batch_size": 32,
 }
 
 
@@ -210,6 +227,33 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
         source.close()
 
 
+def load_fitting(path: Path, config: VitConfig) -> dict[str, torch.Tensor]:
+    """:func:`load_state` of a network of that size.
+
+    Raises:
+        UserError: also names or shapes of another network.
+    """
+    state = load_state(path)
+    wanted = {name: value.shape for name, value in VisionTransformer(config).state_dict().items()}
+    odd = {name: value.shape for name, value in state.items()}.items() ^ wanted.items()
+    if odd:
+        raise UserError(f"{path}: tensor {min(name for name, _ in odd)!r} does not fit the network of the suite")
+    return state
+
+
+def load_head(folder: Path, task: str) -> torch.Tensor:
+    """Class vectors [K, E] of one task of the suite in ``folder``.
+
+    Raises:
+        UserError: no such file, or a damaged one.
+    """
+    path = folder / "heads" / f"{task}.safetensors"
+    tensors = load_state(path)
+    if "head" not in tensors:
+        raise UserError(f"{path}: holds no tensor 'head'")
+    return tensors["head"]
+
+
 @dataclass(frozen=True)
 class Suite:
     """A finished (or growing) suite folder.
@@ -263,7 +307,7 @@ class Suite:
 
     @cached_property
     def heads(self) -> dict[str, torch.Tensor]:
-        return {task: load_file(self.path / "heads" / f"{task}.safetensors")["head"] for task in self.tasks}
+        return {task: load_head(self.path, task) for task in self.tasks}
 
     def items(self, task: str, split: Split) -> Items:
         """A split of a task; read once."""

@@ -27,6 +27,7 @@ from neurocl.merging.suite import (
     Suite,
     SuiteConfig,
     load_domains,
+    load_head,
     load_items,
     logits,
     network,
@@ -301,11 +302,9 @@ def _fine_tune(
     regularise: Callable[[Suite, str], Regulariser | None] | None,
     say: Say,
 ) -> None:
-    from safetensors.torch import load_file
-
     seed_everything(config.seed + 1 + index)
     model = network(vit, suite.base).to(runtime.device)
-    head = load_file(suite.path / "heads" / f"{task}.safetensors")["head"].to(runtime.device)
+    head = load_head(suite.path, task).to(runtime.device)
     started = time.perf_counter()
     fit(
         model,

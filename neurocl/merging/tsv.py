@@ -14,13 +14,13 @@ from torch import Tensor
 
 from neurocl.merging.iso import task_matrices
 from neurocl.merging.linear_algebra import SvdSolver, polar, truncated_svd
-from neurocl.merging.method import merge_method
+from neurocl.merging.method import Copies, merge_method
 
 # Directions that different tasks share to this precision count once when their singular vectors are made orthogonal.
 SHARED_DIRECTION = 1e-10
 
 
-@merge_method("tsv-m", scope="matrix")
+@merge_method("tsv-m", scope="matrix", copies=Copies(4.7, 5.0))
 def tsv_merge(
     base: Tensor,
     models: Tensor,

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 
 from neurocl.merging.linear_algebra import solve_psd
-from neurocl.merging.method import merge_method
+from neurocl.merging.method import Copies, merge_method
 
 
-@merge_method("wudi", scope="matrix")
+@merge_method("wudi", scope="matrix", copies=Copies(3.0, 16.0, square=17.0))
 def wudi(
     base: Tensor,
     models: Tensor,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from neurocl.backbones.efficientnet_lite import (
     EfficientNetLite,
@@ -22,16 +23,14 @@ WEIGHTS, DATA = os.environ.get("NEUROCL_WEIGHTS"), os.environ.get("NEUROCL_DATA"
 needs_weights = pytest.mark.skipif(not WEIGHTS, reason="needs pre-trained weights: set NEUROCL_WEIGHTS to their folder")
 
 
-@pytest.mark.parametrize("size", [5, 8])
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_same_padding_puts_the_odd_row_and_column_last(size, kernel):
+@pytest.mark.parametrize(
+    ("size", "kernel", "before", "behind"), [(5, 3, 1, 1), (8, 3, 0, 1), (5, 5, 2, 2), (8, 5, 1, 2)]
+)
+def test_same_padding_puts_the_odd_row_and_column_last(size, kernel, before, behind):
     conv = SameConv2d(1, 1, kernel, 2, bias=False)
     x = torch.randn(1, 1, size, size)
-    total = (-(-size // 2) - 1) * 2 + kernel - size
-    before = total // 2
-    canvas = torch.zeros(1, 1, size + total, size + total)
-    canvas[..., before : before + size, before : before + size] = x
-    torch.testing.assert_close(conv(x), F.conv2d(canvas, conv.weight, stride=2))
+    padded = F.pad(x, (before, behind, before, behind))
+    torch.testing.assert_close(conv(x), F.conv2d(padded, conv.weight, stride=2))
 
 
 def test_it_has_the_published_number_of_weights():
@@ -87,6 +86,22 @@ def test_with_the_published_weights_it_recognises_real_photographs():
     right = sum(shared[index] == labels[row] for index, row in zip(predicted, rows, strict=True))
     # 68 % on more of them; a network with a wrong layer is at chance, 1.4 %
     assert right >= 0.5 * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (None, "not a readable safetensors file"),
+        ({}, r"tensor 'conv_stem.weight' is missing, efficientnet_lite0 has \[32, 3, 3, 3\]"),
+        ({"conv_stem.weight": torch.zeros(2)}, r"tensor 'conv_stem.weight' is \[2\]"),
+    ],
+)
+def test_a_weight_file_of_something_else_is_named(monkeypatch, tmp_path, tensors, message):
+    path = tmp_path / "efficientnet_lite0.safetensors"
+    path.write_bytes(b"no tensors") if tensors is None else save_file(tensors, path)
+    monkeypatch.setenv("NEUROCL_WEIGHTS", str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        load_pretrained()
 
 
 @needs_weights

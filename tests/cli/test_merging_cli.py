@@ -143,6 +143,7 @@ MISTAKES = {
     "exists": (("m0", "m1", "--out", "base"), ("base exists already",)),
     "no adapter": (("--method", "lora-svd", *PAIR), ("m0: not a PEFT adapter folder",)),
     "networks": (("--method", "com", *PAIR), ("com does not merge weight files",)),
+    "smoke of networks": (("--method", "com", "--smoke"), ("com does not merge files", "neurocl merging info com")),
     "recipe missing": (("nothing.yaml",), ("nothing.yaml: no such configuration file",)),
 }
 

@@ -66,7 +66,8 @@ def upcast(model):
 @pytest.mark.parametrize("size", [1, 7, 13])
 @pytest.mark.parametrize("name", [name for name in WEIGHT_MERGES if declared(name).scope == "elements"])
 def test_the_size_of_the_slices_changes_no_bit(name, size, monkeypatch):
-    base, models = small_models(num_models(name), torch.float64)
+    # of nine models a reduction over single entries adds in another order than one over rows
+    base, models = small_models(declared(name).num_models or 9, torch.float64)
     whole = merged(name, base, models)
     monkeypatch.setattr(Merger, "piece", lambda self: size)
     assert_same_bits(merged(name, base, models), whole)
@@ -81,10 +82,13 @@ def test_the_number_of_threads_changes_nothing(name):
         for _ in range(num_models(name))
     ]
     statistics = needed_statistics(name, models)
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(merged(name, base, models, statistics=statistics))
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(merged(name, base, models, statistics=statistics))
+    finally:
+        torch.set_num_threads(before)
     if declared(name).scope == "elements":
         assert_same_bits(results[1], results[0])
     else:

@@ -17,7 +17,10 @@ from neurocl.merging.slerp import slerp
 from neurocl.merging.ties import ties
 from tests.merging.pieces import random_models
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize(

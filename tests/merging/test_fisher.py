@@ -52,13 +52,17 @@ def test_the_only_sure_model_decides_an_entry() -> None:
     torch.testing.assert_close(merged, torch.where(fisher[0] > 0, models[0], models[1]))
 
 
-def test_slices_give_the_same_bits_as_the_whole() -> None:
-    models, fisher = torch.randn(3, 50, dtype=torch.float64), torch.rand(3, 50, dtype=torch.float64)
-    weights = torch.tensor([1.0, 0.5, 2.0])
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("count", [3, 9, 17])
+def test_slices_give_the_same_bits_as_the_whole(count: int, size: int) -> None:
+    models, fisher = torch.randn(count, 50, dtype=torch.float64), torch.rand(count, 50, dtype=torch.float64)
+    weights = torch.rand(count)
     whole = fisher_merging(models[0], models, fisher=fisher, weights=weights)
     pieces = [
-        fisher_merging(models[0, a : a + 7], models[:, a : a + 7], fisher=fisher[:, a : a + 7], weights=weights)
-        for a in range(0, 50, 7)
+        fisher_merging(
+            models[0, a : a + size], models[:, a : a + size], fisher=fisher[:, a : a + size], weights=weights
+        )
+        for a in range(0, 50, size)
     ]
     assert torch.equal(torch.cat(pieces), whole)
 

@@ -203,6 +203,22 @@ def test_adapters_that_do_not_belong_together_are_refused(base, tmp_path):
         merge_adapter_folders(recipe_of("lora-svd", good), tmp_path / "out.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"parameters": {"kept": ["encoder.*"]}}, "'parameters'"),
+        ({"on_mismatch": "base"}, "'on_mismatch'"),
+        ({"compute_dtype": "float32"}, "'compute_dtype'"),
+        ({"shard_size": "1M"}, "'shard_size'"),
+        ({"models": [{"path": "a", "statistics": "s"}]}, "no statistics"),
+    ],
+)
+def test_what_speaks_of_weight_files_is_refused_and_not_ignored(tmp_path, changes, word):
+    recipe = validate(Recipe, {"method": "lora-svd", "models": ["a"], **changes})
+    with pytest.raises(UserError, match=word):
+        merge_adapter_folders(recipe, tmp_path / "out")
+
+
 def test_a_folder_beside_the_output_is_left_alone(tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("keep")

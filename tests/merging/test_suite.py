@@ -1,5 +1,6 @@
 """Suites of experts: training, going on after an interruption, evaluation, and the comparison of all merges."""
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -101,6 +102,7 @@ def test_a_folder_with_another_suite_is_not_touched(suite, runtime, tmp_path):
         ({"tasks": ("turnde",)}, "has no task 'turnde'"),
         ({"epochs": 0}, "epochs"),
         ({"epoch": 3}, "unknown key 'epoch'; did you mean 'epochs'"),
+        ({"width": 30, "heads": 4}, "width must be a multiple of heads, got 30 and 4"),
     ],
 )
 def test_a_wrong_configuration_is_named(changes, message):
@@ -124,6 +126,11 @@ def test_normalised_accuracy_is_the_mean_of_ratios():
     assert scores.normalised == {"a": 50.0, "b": 100.0}
     assert scores.mean_normalised == 75.0
     assert scores.mean_absolute == 65.0
+
+
+def test_an_expert_that_gets_nothing_right_has_no_share_to_take():
+    with pytest.raises(UserError, match="the expert of b gets no picture right"):
+        _ = Scores({"a": 40.0, "b": 0.0}, {"a": 80.0, "b": 0.0}).normalised
 
 
 def test_an_experts_normalised_accuracy_on_its_own_task_is_one_hundred(evaluator, suite):
@@ -171,12 +178,13 @@ def test_calibration_sees_the_same_unlabelled_training_pictures_every_time(suite
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_every_merge_of_the_comparison_runs_and_a_second_run_adds_nothing(suite, runtime, tmp_path, monkeypatch):
+def test_every_merge_of_the_comparison_runs_and_a_second_run_adds_nothing(suite, runtime, tmp_path):
     chosen = [
-        Contender("ada-merging", options={"num_steps": 3}) if item.method == "ada-merging" else item
+        Contender("ada-merging", options={"num_steps": 3})
+        if item.method == "ada-merging"
+        else dataclasses.replace(item, alphas=item.alphas[:2])
         for item in CONTENDERS
     ]
-    monkeypatch.setattr(comparison, "LARGE", (0.5, 1.0))
     outcomes = compare(suite, tmp_path, runtime=runtime, chosen=chosen, num_examples=24, max_items=40)
     names = [outcome.name for outcome in outcomes]
     assert names[:2] == ["base", "experts"]

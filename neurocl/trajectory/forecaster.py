@@ -1,0 +1,389 @@
+"""The trained system: past in, K possible futures with probabilities out.
+
+``S`` scenes, ``A`` agents, ``N`` samples, ``K`` forecasts, ``T_o`` and ``T_p`` observed and predicted steps.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from neurocl.config import Config, validate
+from neurocl.errors import UserError
+from neurocl.runs import RunFolder, read_json
+from neurocl.trajectory.autoregressive import AutoregressivePrior
+from neurocl.trajectory.config import TrajectoryConfig, scale_of
+from neurocl.trajectory.continuous import ContinuousPrior
+from neurocl.trajectory.denoiser import CodeDenoiser, TrunkConfig
+from neurocl.trajectory.diffusion import MaskReplaceDiffusion
+from neurocl.trajectory.scenes import Forecast, Scenes, TrackSet
+from neurocl.trajectory.selection import Selected, Selection, select
+from neurocl.trajectory.vqvae import Context, TrajectoryVqVae, VqVaeConfig
+from neurocl.trajectory.windows import last_window
+
+MODEL_SCHEMA = 1
+
+
+class SamplingConfig(Config):
+    """How forecasts are drawn.
+
+    Attributes:
+        num_samples: N drawn; None takes 10 per forecast when they are clustered, K when they are not.
+        steps: of the sampler.
+        select: ``centroids`` of clusters of samples, their ``medoids``, or plain ``samples``.
+        joint: forecasts of whole scenes.
+        temperature, top_p: of the draws.
+        seed: of the draws.
+    """
+
+    num_samples: int | None = None
+    steps: int = 10
+    select: Selection = "centroids"
+    joint: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model was built for: everything needed to build it again."""
+
+    vqvae: VqVaeConfig
+    trunk: TrunkConfig
+    prior: Literal["diffusion", "autoregressive", "flow"]
+    diffusion_steps: int
+    unit: str
+    hz: float
+
+    def document(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "schema": MODEL_SCHEMA,
+            "vqvae": self.vqvae.model_dump(mode="json"),
+            "trunk": self.trunk.model_dump(mode="json"),
+            "prior": self.prior,
+            "diffusion_steps": self.diffusion_steps,
+            "unit": self.unit,
+            "hz": self.hz,
+        }
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any], source: str) -> Shape:
+        """Back from :meth:`document`.
+
+        Raises:
+            UserError: not written by this version.
+        """
+        if document.get("schema") != MODEL_SCHEMA:
+            raise UserError(f"{source}: not a forecaster that this version reads")
+        return cls(
+            validate(VqVaeConfig, document["vqvae"], source=source),
+            validate(TrunkConfig, document["trunk"], source=source),
+            document["prior"],
+            int(document["diffusion_steps"]),
+            str(document["unit"]),
+            float(document["hz"]),
+        )
+
+
+def shape_for(config: TrajectoryConfig, scenes: Scenes) -> Shape:
+    """The model of a configuration for scenes of this length, unit and rate."""
+    sizes = {"num_observed": scenes.num_observed, "num_predicted": scenes.num_predicted, "scale": scale_of(config)}
+    own = {**sizes, **config.model}
+    if config.faithful:
+        vqvae = VqVaeConfig.faithful(**own)
+        trunk = {"context_width": vqvae.width, "num_predicted": scenes.num_predicted, **config.trunk}
+        trunk_config = TrunkConfig.faithful(**trunk)
+    else:
+        vqvae = validate(VqVaeConfig, own, source="model")
+        trunk = {"context_width": vqvae.width, "num_predicted": scenes.num_predicted, "geometry": vqvae.geometry}
+        trunk_config = validate(TrunkConfig, {**trunk, **config.trunk}, source="trunk")
+    return Shape(vqvae, trunk_config, config.prior, config.diffusion_steps, scenes.unit, scenes.hz)
+
+
+class Networks(nn.Module):
+    """Both stages of one model."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.vqvae = TrajectoryVqVae(shape.vqvae)
+        self.diffusion: MaskReplaceDiffusion | None = None
+        self.prior: CodeDenoiser | AutoregressivePrior | ContinuousPrior
+        if shape.prior == "diffusion":
+            self.diffusion = MaskReplaceDiffusion(shape.vqvae.num_codes, shape.diffusion_steps)
+            self.prior = CodeDenoiser(shape.trunk, shape.vqvae.num_codes, shape.diffusion_steps)
+        elif shape.prior == "autoregressive":
+            self.prior = AutoregressivePrior(shape.trunk, shape.vqvae.num_codes)
+        else:
+            self.prior = ContinuousPrior(shape.trunk, shape.vqvae.code_dim)
+
+    def prior_loss(
+        self,
+        indices: torch.Tensor,
+        context: Context,
+        mask: torch.Tensor,
+        *,
+        kind: Literal["weighted_ce", "kl"],
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """One training step's loss of stage 2.
+
+        Args:
+            indices: codes of the true futures, [S, A, T_p].
+            context: of stage 1, without gradients.
+            mask: agents that count, [S, A].
+            kind: of the diffusion's loss.
+            generator: of times and noise.
+        """
+        if isinstance(self.prior, AutoregressivePrior):
+            return self.prior.loss(indices, self.prior.prepare(context), mask)
+        per_scene = self.prior.trunk.config.agent_attention
+        if isinstance(self.prior, ContinuousPrior):
+            from neurocl.trajectory.codebook import gather_codes
+
+            target = gather_codes(context.codebook, indices[None])[0]
+            memory = self.prior.prepare(context)
+            return self.prior.loss(target, memory, mask=mask, per_scene=per_scene, generator=generator)
+        assert self.diffusion is not None
+        denoiser, memory = self.prior, self.prior.prepare(context)
+        return self.diffusion.training_loss(
+            lambda x, t: denoiser(x, t, memory), indices, mask=mask, per_scene=per_scene, kind=kind, generator=generator
+        )
+
+    @torch.no_grad()
+    def sample(
+        self, context: Context, num_samples: int, sampling: SamplingConfig, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Positions [N, S, A, T_p, 2] in the units of the data."""
+        scenes, agents = context.anchor.shape[:2]
+        num_predicted = self.vqvae.config.num_predicted
+        size = (num_samples, scenes, agents, num_predicted)
+        device = context.anchor.device
+        if isinstance(self.prior, ContinuousPrior):
+            memory = self.prior.prepare(context)
+            latents = self.prior.sample(memory, size[:3], steps=sampling.steps, generator=generator)
+            moves = self.vqvae.decode(latents, context)
+        else:
+            if isinstance(self.prior, AutoregressivePrior):
+                codes = self.prior.sample(
+                    self.prior.prepare(context),
+                    size,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    generator=generator,
+                )
+            else:
+                assert self.diffusion is not None
+                denoiser, kept = self.prior, self.prior.prepare(context)
+                codes = self.diffusion.sample(
+                    lambda x, t: denoiser(x, t, kept),
+                    size,
+                    steps=min(sampling.steps, self.diffusion.num_steps),
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    generator=generator,
+                    device=device,
+                )
+            moves = self.vqvae.decode_indices(codes, context)
+        return moves + context.anchor[:, :, None]
+
+
+class Forecaster:
+    """A trained model with the shape it was built for.
+
+    Args:
+        shape: of the networks.
+        networks: with their weights; put into eval mode.
+        device: where to compute.
+    """
+
+    def __init__(self, shape: Shape, networks: Networks, device: torch.device | str = "cpu") -> None:
+        self.shape = shape
+        self.networks = networks.eval().to(device)
+        self.device = torch.device(device)
+
+    @classmethod
+    def load(cls, run: Path | str, *, device: str = "cpu") -> Forecaster:
+        """Read a finished training run.
+
+        Raises:
+            UserError: not a trajectory run, not finished, or a damaged checkpoint.
+        """
+        folder = RunFolder.open(Path(run))
+        path = folder.path / "model.json"
+        if not path.is_file():
+            raise UserError(f"{run} is not a finished trajectory run (it has no model.json)")
+        shape = Shape.read(read_json(path), str(path))
+        networks = Networks(shape)
+        tensors = folder.load_checkpoint().tensors
+        found = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+        networks.load_state_dict(found)
+        return cls(shape, networks, device)
+
+    @property
+    def num_observed(self) -> int:
+        """T_o."""
+        return self.shape.vqvae.num_observed
+
+    @property
+    def num_predicted(self) -> int:
+        """T_p."""
+        return self.shape.vqvae.num_predicted
+
+    def forecast_scenes(
+        self,
+        scenes: Scenes,
+        num_forecasts: int = 20,
+        sampling: SamplingConfig | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Selected:
+        """K forecasts of every agent of every scene.
+
+        Args:
+            scenes: only their past is read.
+            num_forecasts: K.
+            sampling: see :class:`SamplingConfig`.
+            generator: of the draws; by default one seeded with ``sampling.seed``.
+
+        Returns: trajectories [K, S, A, T_p, 2] in the units of the scenes, and probabilities [K, S, A].
+        Raises:
+            UserError: scenes of another length than the model was trained for.
+        """
+        sampling = sampling or SamplingConfig()
+        if (scenes.num_observed, scenes.num_predicted) != (self.num_observed, self.num_predicted):
+            raise UserError(
+                f"the model forecasts {self.num_predicted} steps from {self.num_observed}, the scenes have "
+                f"{scenes.num_observed} + {scenes.num_predicted}"
+            )
+        if num_forecasts < 1:
+            raise UserError(f"the number of forecasts must be at least 1, got {num_forecasts}")
+        generator = generator or torch.Generator(self.device).manual_seed(sampling.seed)
+        plain = sampling.select == "samples"
+        count = sampling.num_samples or (num_forecasts if plain else 10 * num_forecasts)
+        if count < num_forecasts:
+            raise UserError(f"{num_forecasts} forecasts need at least as many samples, got {count}")
+        moved = scenes.to(self.device)
+        with torch.inference_mode():
+            context = self.networks.vqvae.encode_context(moved)
+            samples = self.networks.sample(context, count, sampling, generator)
+            return select(
+                samples,
+                num_forecasts,
+                how=sampling.select,
+                joint=sampling.joint,
+                agent_mask=context.present,
+                generator=generator,
+            )
+
+    def forecast(
+        self,
+        past: torch.Tensor,
+        neighbours: torch.Tensor | None = None,
+        num_samples: int = 20,
+        *,
+        sampling: SamplingConfig | None = None,
+        agents: tuple[str, ...] = (),
+    ) -> Forecast:
+        """Forecast one scene from plain tensors.
+
+        Args:
+            past: positions of one agent [T_o, 2] or of several [A, T_o, 2], in the unit of the training data; NaN where
+                an agent was not seen.
+            neighbours: further agents [B, T_o, 2] that are seen but not forecast.
+            num_samples: K forecasts.
+            sampling: see :class:`SamplingConfig`.
+            agents: names for the result.
+
+        Raises:
+            UserError: shapes that do not fit the model, or an agent that was never seen.
+        """
+        own = past[None] if past.ndim == 2 else past
+        if own.ndim != 3 or own.shape[1:] != (self.num_observed, 2):
+            raise UserError(
+                f"past must be [{self.num_observed}, 2] or [agents, {self.num_observed}, 2], got {list(past.shape)}"
+            )
+        if neighbours is not None and neighbours.shape[1:] != own.shape[1:]:
+            raise UserError(f"neighbours must be [agents, {self.num_observed}, 2], got {list(neighbours.shape)}")
+        everyone = own if neighbours is None else torch.cat([own, neighbours])
+        seen = torch.isfinite(everyone).all(dim=-1)
+        if not bool(seen[: len(own)].any(dim=1).all()):
+            raise UserError("an agent to forecast was not seen in any observed step")
+        count = len(everyone)
+        zeros = torch.zeros(1, count, dtype=torch.int64)
+        scenes = Scenes(
+            past=everyone.nan_to_num()[None].float(),
+            future=torch.zeros(1, count, self.num_predicted, 2),
+            agent_mask=torch.ones(1, count, dtype=torch.bool),
+            past_mask=seen[None],
+            future_mask=torch.zeros(1, count, self.num_predicted, dtype=torch.bool),
+            target_mask=torch.arange(count)[None] < len(own),
+            kind=zeros,
+            agent_id=torch.arange(count)[None],
+            start=torch.zeros(1, dtype=torch.int64),
+            recording=("",),
+            unit=self.shape.unit,
+            hz=self.shape.hz,
+        )
+        started = time.perf_counter()
+        chosen = self.forecast_scenes(scenes, num_samples, sampling)
+        seconds = time.perf_counter() - started
+        return Forecast(
+            trajectories=chosen.trajectories[:, 0, : len(own)].cpu(),
+            probabilities=chosen.probabilities[:, 0, : len(own)].cpu(),
+            agents=agents or tuple(str(index) for index in range(len(own))),
+            hz=self.shape.hz,
+            unit=self.shape.unit,
+            joint=bool(sampling and sampling.joint),
+            extra={"seconds": seconds},
+        )
+
+    def forecast_tracks(
+        self, tracks: TrackSet, num_samples: int = 20, *, sampling: SamplingConfig | None = None
+    ) -> tuple[Forecast, Scenes]:
+        """Forecast everybody who is there at the newest time of a recording.
+
+        Args:
+            tracks: in the unit of the training data; resampled to its rate.
+            num_samples: K forecasts.
+            sampling: see :class:`SamplingConfig`.
+
+        Returns: the forecast of those who are there, and the scene it was made from (they come first in it).
+        Raises:
+            UserError: another unit, or nobody there.
+        """
+        if tracks.unit != self.shape.unit:
+            raise UserError(f"{tracks.name} is in {tracks.unit}, the model was trained in {self.shape.unit}")
+        scenes = last_window(tracks, self.num_observed, self.num_predicted, hz=self.shape.hz)
+        here = int(scenes.target_mask[0].sum())
+        if not here:
+            raise UserError(f"{tracks.name}: nobody is there at the end of the recording")
+        started = time.perf_counter()
+        chosen = self.forecast_scenes(scenes, num_samples, sampling)
+        return (
+            Forecast(
+                trajectories=chosen.trajectories[:, 0, :here].cpu(),
+                probabilities=chosen.probabilities[:, 0, :here].cpu(),
+                agents=tuple(tracks.agent_names[int(index)] for index in scenes.agent_id[0, :here]),
+                hz=self.shape.hz,
+                unit=self.shape.unit,
+                joint=bool(sampling and sampling.joint),
+                extra={"seconds": time.perf_counter() - started},
+            ),
+            scenes,
+        )
+
+
+def write_shape(folder: RunFolder, shape: Shape) -> None:
+    """Put ``model.json`` into a run folder."""
+    from neurocl.runs import write_atomically
+
+    write_atomically(folder.path / "model.json", json.dumps(shape.document(), indent=1))
