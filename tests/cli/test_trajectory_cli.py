@@ -14,7 +14,9 @@ def recording(tmp_path_factory):
     start, turn = rng.uniform(-5, 5, (4, 2)), rng.normal(0, 0.05, (4, 200)).cumsum(axis=1)
     steps = 0.4 * np.stack([np.cos(turn), np.sin(turn)], axis=-1)
     xy = start[:, None] + steps.cumsum(axis=1)
-    rows = [f"{10 * t}\t{agent}\t{xy[agent, t, 0]:.4f}\t{xy[agent, t, 1]:.4f}" for t in range(200) for agent in range(4)]
+    rows = [
+        f"{10 * t}\t{agent}\t{xy[agent, t, 0]:.4f}\t{xy[agent, t, 1]:.4f}" for t in range(200) for agent in range(4)
+    ]
     path = tmp_path_factory.mktemp("recording") / "walk.txt"
     path.write_text("\n".join(rows) + "\n")
     return path

@@ -33,7 +33,9 @@ def recording(tmp_path_factory):
     angle = rng.uniform(0, 6, 5)[:, None] + rng.normal(0, 0.05, (5, 240)).cumsum(axis=1)
     steps = speed[:, None, None] * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
     xy = start[:, None] + steps.cumsum(axis=1)
-    rows = [f"{10 * t}\t{agent}\t{xy[agent, t, 0]:.4f}\t{xy[agent, t, 1]:.4f}" for t in range(240) for agent in range(5)]
+    rows = [
+        f"{10 * t}\t{agent}\t{xy[agent, t, 0]:.4f}\t{xy[agent, t, 1]:.4f}" for t in range(240) for agent in range(5)
+    ]
     path = tmp_path_factory.mktemp("recording") / "walk.txt"
     path.write_text("\n".join(rows) + "\n")
     return path
