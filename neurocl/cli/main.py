@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from neurocl import __version__
-from neurocl.cli import catalogue, continual, data, doctor, merging, report, reproduce, spiking, trajectory
+from neurocl.cli import (
+    catalogue,
+    continual,
+    data,
+    doctor,
+    merging,
+    merging_about,
+    merging_suite,
+    report,
+    reproduce,
+    spiking,
+    trajectory,
+)
 from neurocl.compat.argument_help import ensure_argument_help
 from neurocl.errors import NeuroclError
 
@@ -44,6 +56,12 @@ def _root(
 
 app.add_typer(spiking.app, name="spiking", rich_help_panel="Areas")
 app.add_typer(continual.app, name="continual", rich_help_panel="Areas")
+merging.app.command()(merging_about.methods)
+merging.app.command()(merging_about.info)
+merging.app.command()(merging_suite.stats)
+merging.app.command()(merging_suite.train)
+merging.app.command()(merging_suite.evaluate)
+merging.app.command()(merging_suite.compare)
 app.add_typer(merging.app, name="merging", rich_help_panel="Areas")
 app.add_typer(trajectory.app, name="trajectory", rich_help_panel="Areas")
 app.add_typer(data.app, name="data", rich_help_panel="Data and results")
