@@ -245,10 +245,10 @@ def test_info_on_a_model_tells_what_it_holds_and_where_it_came_from(saved, insid
 
 @pytest.fixture(scope="module")
 def slow_models(tmp_path_factory):
-    """Matrices that take about four seconds to merge with tsv-m."""
+    """Matrices that take several seconds to merge with tsv-m."""
     folder = tmp_path_factory.mktemp("slow")
     generator = torch.Generator().manual_seed(0)
-    base = {f"layers.{index:02d}.weight": torch.randn(512, 320, generator=generator) for index in range(16)}
+    base = {f"layers.{index:02d}.weight": torch.randn(512, 320, generator=generator) for index in range(32)}
     save_folder(folder / "base", base)
     for number in range(3):
         model = {name: value + 0.01 * torch.randn(value.shape, generator=generator) for name, value in base.items()}
