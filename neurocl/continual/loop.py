@@ -10,13 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -32,6 +28,7 @@ from neurocl.continual.scenario import Scenario, Task
 from neurocl.devices import Runtime, generator_for, random_state, restore_random_state
 from neurocl.errors import Interrupted, RunError, UserError
 from neurocl.runs import RunFolder
+from neurocl.stopping import StopRequest
 
 ORDER_STREAM = 1
 EVALUATION_BATCH = 64  # a ResNet19 at T = 4 keeps 128 MB per layer then
@@ -59,31 +56,6 @@ class Record:
     steps: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0, "checkpoint": 0.0})
     epoch_sums: dict[str, float] = field(default_factory=dict)
-
-
-class StopRequest:
-    """Set by SIGINT or SIGTERM; a second signal ends the process as usual."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def listen(self) -> Iterator[StopRequest]:
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self.requested:
-                raise KeyboardInterrupt
-            self.requested = True
-
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 class Loop:

@@ -7,10 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from neurocl.merging.output import ModelWriter, shard_layout
 from neurocl.merging.peft import AdapterSource, is_adapter
 from neurocl.merging.recipe import ModelEntry, Recipe, parse_bytes, recipe_values, relative_to
 from neurocl.runs import make_folder, read_json, sha256, write_atomically, write_error
+from neurocl.stopping import StopRequest
 
 REPORT_SCHEMA = 1
 MAX_COPIED_BYTES = 64 << 20
@@ -324,10 +323,10 @@ def _stream(
     total = sum(step.spec.numel for step in plan.steps)
     todo = [step for step in plan.steps if step.name not in writer.finished]
     count = total - sum(step.spec.numel for step in todo)
-    stop = threading.Event()
+    stop = StopRequest()
 
     def stop_here() -> None:
-        if stop.is_set():
+        if stop.requested:
             writer.sync()
             raise Interrupted(f"stopped; {writer.folder} keeps what is done, the same command with --out {out} goes on")
 
@@ -347,32 +346,8 @@ def _stream(
     for file in job.files:
         file.hashing = hashes
     job.merger.pulse = stop_here
-    with _on_signal(stop):
+    with stop.listen():
         job.merger.run(todo, writer, done=done, model=plan.steps)
-
-
-@contextlib.contextmanager
-def _on_signal(stop: threading.Event) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM finish the slice at work; only the main thread may do that."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-    def first(*_: object) -> None:
-        stop.set()
-        restore()
-
-    for number in old:
-        signal.signal(number, first)
-    try:
-        yield
-    finally:
-        restore()
 
 
 def _digest_of(source: Source, label: str, writer: ModelWriter) -> str:

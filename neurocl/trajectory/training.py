@@ -6,12 +6,9 @@ what the unbroken one would have drawn.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from neurocl.config import to_yaml, validate
 from neurocl.devices import Runtime, generator_for, machine, peak_memory_mb, prepare, seed_everything, versions
 from neurocl.errors import Interrupted, RunError, UserError
 from neurocl.runs import RunFolder
+from neurocl.stopping import StopRequest
 from neurocl.trajectory.augment import augmented
 from neurocl.trajectory.config import StageConfig, TrajectoryConfig, augment_of
 from neurocl.trajectory.continuous import ContinuousPrior
@@ -119,14 +117,13 @@ class Trainer:
             RunError: the loss is not finite.
             Interrupted: SIGINT or SIGTERM; a checkpoint is written.
         """
-        stop = threading.Event()
-        with _on_signal(stop):
+        with StopRequest().listen() as stop:
             while self.stage < len(STAGES):
                 self._run_stage(stop)
                 self._finish_stage()
         return self._finish()
 
-    def _run_stage(self, stop: threading.Event) -> None:
+    def _run_stage(self, stop: StopRequest) -> None:
         how = self.stage_config()
         if self.optimizer is None:
             self._begin_stage()
@@ -138,11 +135,11 @@ class Trainer:
                 self._validate(losses)
             self.say(STAGES[self.stage], self.step, how.steps, losses)
             now = time.monotonic()
-            if stop.is_set() or now - saved > SAVE_SECONDS:
+            if stop.requested or now - saved > SAVE_SECONDS:
                 self.seconds[STAGES[self.stage]] += now - started
                 started = saved = now
                 self.save()
-            if stop.is_set():
+            if stop.requested:
                 raise Interrupted(
                     f"stopped in the {STAGES[self.stage]} stage after step {self.step}; "
                     f"go on with: neurocl trajectory train --resume {self.folder.path}"
@@ -352,20 +349,6 @@ def validation_metrics(forecaster: Forecaster, scenes: Scenes, seed: int) -> dic
         found[f"min_ade_20_{name}"] = ade / max(1.0, count)
         found[f"min_fde_20_{name}"] = fde / max(1.0, count)
     return found
-
-
-@contextlib.contextmanager
-def _on_signal(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run after the step at work; only the main thread may listen."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def train(config: TrajectoryConfig, *, out: Path | None = None, say: Say | None = None) -> TrajectoryResult:
