@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from neurocl.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from neurocl.data.augment import Augment
@@ -31,9 +32,4 @@ _HOMES = {
     "load_dataset": "catalog",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # on first use: listing names must not import NumPy or torch
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

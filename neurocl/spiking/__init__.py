@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from neurocl.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from neurocl.spiking.config import NeuronConfig, SpikingTrainConfig
@@ -57,12 +58,4 @@ __all__ = [
     "to_nir",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"neurocl.spiking.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'neurocl.spiking' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

@@ -8,8 +8,12 @@ import pytest
 import neurocl
 
 ROOT = Path(neurocl.__file__).parent
-BELOW = {"compat", "config", "devices", "errors", "registry", "runs", "__version__"}
-MAY_IMPORT = {"merging": BELOW | {"merging", "backbones", "data"}, "backbones": BELOW | {"backbones", "data"}}
+BELOW = {"compat", "config", "devices", "errors", "lazy", "registry", "runs", "stopping", "__version__"}
+MAY_IMPORT = {
+    "merging": BELOW | {"merging", "backbones", "data"},
+    "backbones": BELOW | {"backbones", "data"},
+    "trajectory": BELOW | {"trajectory", "data"},
+}
 
 
 def imported(file: Path) -> set[str]:
