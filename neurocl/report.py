@@ -69,11 +69,13 @@ def read_results(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], li
     """The results of runs, each with its folder under ``"run"``, and a note for every run that has none yet.
 
     Raises:
-        UserError: no run has a result, or one is damaged.
+        UserError: no run has a result, one is damaged, or one has no accuracies to report.
     """
     documents, notes = [], []
     for folder in {folder.path.resolve(): folder for folder in folders}.values():
         document = folder.read_result() if folder.has_result() else {}
+        if document.get("protocol") == "trajectory":
+            raise UserError(f"{folder.path} forecasts trajectories; measure it with: neurocl trajectory evaluate")
         if document.get("metrics"):
             documents.append({**document, "run": str(folder.path)})
         else:

@@ -93,3 +93,7 @@ def test_a_mistake_is_one_line_with_exit_code_2(inside, run, recording, tmp_path
     places = {"FILE": str(recording), "RUN": str(run), "FOLDER": str(tmp_path)}
     result = inside("trajectory", *(places.get(word, word) for word in words))
     assert_one_line(result, 2, places.get(message, message))
+
+
+def test_a_report_of_accuracies_refuses_a_forecaster_in_one_line(inside, run):
+    assert_one_line(inside("report", run), 2, "neurocl trajectory evaluate")
