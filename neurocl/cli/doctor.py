@@ -28,6 +28,7 @@ REQUIRED = (
 OPTIONAL = {
     "tensorboard": ("tensorboard", "neurocl[track]", "TensorBoard event files"),
     "nir": ("nir", "neurocl[nir]", "export of spiking networks"),
+    "onnxruntime": ("onnxruntime", "neurocl[export]", "export of forecasters to ONNX"),
     "pynvml": ("nvidia-ml-py", "neurocl[gpu-energy]", "energy counters of NVIDIA devices"),
     "triton": ("triton", "the CUDA build of torch", "fused kernels on NVIDIA devices"),
 }

@@ -21,6 +21,8 @@ from neurocl.cli import (
     reproduce,
     spiking,
     trajectory,
+    trajectory_export,
+    trajectory_plot,
 )
 from neurocl.compat.argument_help import ensure_argument_help
 from neurocl.errors import NeuroclError
@@ -63,6 +65,8 @@ merging.app.command()(merging_suite.train)
 merging.app.command()(merging_suite.evaluate)
 merging.app.command()(merging_suite.compare)
 app.add_typer(merging.app, name="merging", rich_help_panel="Areas")
+trajectory.app.command()(trajectory_plot.plot)
+trajectory.app.command()(trajectory_export.export)
 app.add_typer(trajectory.app, name="trajectory", rich_help_panel="Areas")
 app.add_typer(data.app, name="data", rich_help_panel="Data and results")
 app.command("report", rich_help_panel="Data and results")(report.report)

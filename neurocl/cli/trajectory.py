@@ -13,7 +13,9 @@ from neurocl.cli.options import JsonOption, QuietOption
 from neurocl.errors import UserError
 
 if TYPE_CHECKING:
-    from neurocl.trajectory.evaluation import Scores
+    from neurocl.trajectory.evaluation import Evaluation
+    from neurocl.trajectory.evaluation_tables import Table
+    from neurocl.trajectory.streaming import Streamer
 
 app = typer.Typer(
     help="Forecast where agents go: several futures with probabilities.\n\n"
@@ -29,6 +31,7 @@ DataOption = Annotated[
 RunArgument = Annotated[Path, typer.Argument(help="A run folder of `neurocl trajectory train`.", show_default=False)]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Forecasts per agent.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
+SamplerOption = Annotated[str, typer.Option(help="unmask or posterior.")]
 SelectOption = Annotated[str, typer.Option(help="centroids of clustered samples, medoids, or plain samples.")]
 JointOption = Annotated[bool, typer.Option("--joint", help="Forecasts of whole scenes.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -152,13 +155,27 @@ class _Progress:
 @app.command()
 def forecast(
     run: RunArgument,
-    source: Annotated[Path, typer.Option("--input", help="A recording: txt, csv, ndjson, npz, json ...")],
+    source: Annotated[
+        Path | None, typer.Option("--input", help="A recording: txt, csv, ndjson, npz, json ...", show_default=False)
+    ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="A live feed on standard input: a line in, a line of JSON with forecasts out."),
+    ] = False,
+    every: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --stream: seconds between forecasts, at least.", show_default="every instant"),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="With --stream: stop at a malformed line instead of skipping it.")
+    ] = False,
     num_samples: SamplesOption = 20,
     out: Annotated[Path | None, typer.Option(help="forecasts.json, .csv, .ndjson or .npz.", show_default=False)] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture: .png, .svg or .pdf.", show_default=False)] = None,
     animate: Annotated[Path | None, typer.Option(help="Animation: .gif or .mp4.", show_default=False)] = None,
     recording: Annotated[int, typer.Option(min=0, help="Which recording of a file that holds several.")] = 0,
-    steps: StepsOption = 10,
+    steps: StepsOption = 5,
+    sampler: SamplerOption = "unmask",
     select: SelectOption = "centroids",
     joint: JointOption = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
@@ -166,7 +183,11 @@ def forecast(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Forecast everybody who is there at the end of a recording: several futures with probabilities."""
+    """Forecast everybody who is there at the end of a recording, or now: several futures with probabilities.
+
+    Lines of a live feed are JSON, `{"t": 0.4, "agents": {"7": [1.0, 2.0]}}`, or rows `t,id,x,y`, where a row with a
+    later t completes the instant before.
+    """
     from neurocl.config import validate
     from neurocl.devices import prepare
     from neurocl.trajectory.forecaster import Forecaster, SamplingConfig
@@ -174,13 +195,29 @@ def forecast(
     from neurocl.trajectory.readers import read_recordings
     from neurocl.trajectory.writers import write_forecast
 
+    if stream == (source is not None):
+        raise UserError("give either --input FILE or --stream")
+    files = {"--out": out, "--plot": plot, "--animate": animate, "--recording": recording or None}
+    foreign = files | {"--json": as_json or None} if stream else {"--every": every, "--strict": strict or None}
+    for option, value in foreign.items():
+        if value is not None:
+            other, hint = ("--input", "; forecasts go to standard output") if stream else ("--stream", "")
+            raise UserError(f"{option} belongs to {other}{hint}")
     runtime = prepare(device, "fp32", threads)
     forecaster = Forecaster.load(run, device=str(runtime.device))
+    sampling = validate(
+        SamplingConfig,
+        {"steps": steps, "sampler": sampler, "select": select, "joint": joint, "seed": seed},
+        source="forecast",
+    )
+    if source is None:
+        from neurocl.trajectory.streaming import Streamer
+
+        _follow(Streamer(forecaster, every=every or 0.0, num_samples=num_samples, sampling=sampling), strict=strict)
+        return
     recordings = read_recordings(source)
     if recording >= len(recordings):
         raise UserError(f"{source} holds {len(recordings)} recordings, there is no number {recording}")
-    values = {"steps": steps, "select": select, "joint": joint, "seed": seed}
-    sampling = validate(SamplingConfig, values, source="forecast")
     found, scenes = forecaster.forecast_tracks(recordings[recording], num_samples, sampling=sampling)
     here = len(found.agents)
     past = scenes.past[0].masked_fill(~scenes.past_mask[0, :, :, None], float("nan"))
@@ -211,6 +248,40 @@ def forecast(
         typer.echo("Written: " + ", ".join(written))
 
 
+def _follow(streamer: Streamer, *, strict: bool) -> None:
+    """Forecasts on standard output for the lines of standard input, until one of the two ends."""
+    import os
+    import sys
+
+    from neurocl.trajectory.streaming import BadLine, forecast_line, read_feed
+
+    if sys.stdin is None:
+        raise UserError("standard input is closed")
+    skipped = 0
+    try:
+        for item in read_feed(sys.stdin.buffer, streamer.max_agents):
+            try:
+                if isinstance(item, BadLine):
+                    raise UserError(item.reason)
+                found = streamer.update(item.t, item.positions, item.kinds)
+            except UserError as error:
+                message = f"standard input:{item.line}: {error}"
+                if strict:
+                    raise UserError(message) from error
+                skipped += 1
+                typer.echo(f"skipped: {message}", err=True)
+                continue
+            if found is not None:
+                sys.stdout.write(forecast_line(found) + "\n")
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has had enough. What is left in the buffer goes nowhere, or Python complains at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        if skipped:
+            typer.echo(f"malformed lines skipped: {skipped}", err=True)
+
+
 @app.command()
 def evaluate(
     run: RunArgument,
@@ -221,10 +292,22 @@ def evaluate(
     num_samples: SamplesOption = 20,
     max_scenes: Annotated[int | None, typer.Option(min=1, help="Only so many scenes.", show_default="all")] = None,
     baselines: Annotated[bool, typer.Option(help="Compute simple forecasters on the same scenes.")] = True,
-    steps: StepsOption = 10,
+    steps: StepsOption = 5,
+    sampler: SamplerOption = "unmask",
     select: SelectOption = "centroids",
     joint: JointOption = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    horizons: Annotated[bool, typer.Option("--horizons", help="A second table, of errors by horizon.")] = False,
+    counts: Annotated[
+        str | None, typer.Option(help="Errors with fewer forecasts too: 1,5,10.", show_default=False)
+    ] = None,
+    miss_distance: Annotated[
+        float | None, typer.Option(min=0, help="In the data's unit; for the miss rate.", show_default="2 m")
+    ] = None,
     form: Annotated[str, typer.Option("--format", help="table, md, csv or json.")] = "table",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for evaluation.json and evaluation.md.", show_default=False)
+    ] = None,
     data_dir: DataOption = None,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -235,6 +318,7 @@ def evaluate(
     from neurocl.devices import generator_for, prepare
     from neurocl.runs import RunFolder
     from neurocl.trajectory.evaluation import evaluate as measure
+    from neurocl.trajectory.evaluation_tables import markdown
     from neurocl.trajectory.forecaster import Forecaster, SamplingConfig
     from neurocl.trajectory.training import load_config, load_split
 
@@ -242,6 +326,9 @@ def evaluate(
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
     if split not in ("test", "val"):
         raise UserError(f"--split must be test or val, got {split!r}")
+    fewer = _whole_numbers("--counts", counts)
+    if out is not None and (out / "evaluation.json").exists():
+        raise UserError(f"{out} holds an evaluation already; choose another --out")
     runtime = prepare(device, "fp32", threads)
     forecaster = Forecaster.load(run, device=str(runtime.device))
     changes: dict[str, Any] = {"dataset": dataset, "files": ()} if dataset else {}
@@ -254,55 +341,74 @@ def evaluate(
 
         order = torch.randperm(len(scenes), generator=generator_for(config.seed, 7))[:max_scenes]
         scenes = scenes.subset(order.sort().values)
-    sampling = validate(SamplingConfig, {"steps": steps, "select": select, "joint": joint}, source="evaluate")
+    values = {"steps": steps, "sampler": sampler, "select": select, "joint": joint, "seed": seed}
     found = measure(
         forecaster,
         scenes,
         train=load_split(config, "train") if baselines else None,
         num_forecasts=num_samples,
-        sampling=sampling,
+        counts=fewer,
+        sampling=validate(SamplingConfig, values, source="evaluate"),
+        miss=miss_distance,
         say=None if quiet else lambda name: typer.echo(f"measuring {name}", err=True),
     )
-    if not quiet and form == "table":
-        typer.echo(f"{scenes.name}, {split}: {len(scenes)} scenes, {scenes.num_targets} agents, in {scenes.unit}")
-    _print_scores(found, form)
+    found.settings.update(run=str(run), split=split)
+    if out is not None:
+        found.write(out, markdown(found))
+    _print_evaluation(found, form, horizons=horizons, quiet=quiet)
+    if out is not None and not quiet:
+        typer.echo(f"Written: {out / 'evaluation.json'}, {out / 'evaluation.md'}", err=form != "table")
 
 
 FORMATS = ("table", "md", "csv", "json")
 
 
-def _print_scores(found: Sequence[Scores], form: str) -> None:
-    from dataclasses import asdict
+def _whole_numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """``"1,5,10"`` as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise UserError(f"{option} expects whole numbers such as 1,5,10, got {text!r}") from None
+
+
+def _print_evaluation(found: Evaluation, form: str, *, horizons: bool, quiet: bool) -> None:
+    from neurocl.trajectory import evaluation_tables as tables
+    from neurocl.trajectory.evaluation import row_document
 
     if form == "json":
-        typer.echo(json.dumps([asdict(row) for row in found], indent=1))
-        return
-    shown = ["minADE", "minFDE", "minJADE", "minJFDE", "miss rate", "NLL"]
-    header = ["forecaster", "K", *shown, "ms / scene"]
-    rows = []
-    for row in found:
-        cells = [f"{row.numbers[name]:.3f}" if name in row.numbers else "" for name in shown]
-        low, high = row.intervals["minADE"]
-        cells[0] += f" ({low:.3f}-{high:.3f})"
-        rows.append([row.name, str(row.num_forecasts), *cells, f"{row.milliseconds:.1f}"])
-    if form == "table":
-        _print_rows(header, rows)
+        typer.echo(json.dumps([row_document(row) for row in found.rows], indent=1))
     elif form == "csv":
         import csv
         import sys
 
-        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        table = tables.every_number(found)
+        csv.writer(sys.stdout, lineterminator="\n").writerows([table.header, *table.rows])
+    elif form == "md":
+        typer.echo(tables.markdown(found), nl=False)
     else:
-        typer.echo("| " + " | ".join(header) + " |\n|---|" + "---:|" * (len(header) - 1))
-        for cells in rows:
-            typer.echo("| " + " | ".join(cells) + " |")
+        if not quiet:
+            typer.echo("\n".join(tables.summary(found)) + "\n")
+        _print_table(tables.main_table(found, short=True))
+        if horizons:
+            typer.echo("\nminADE/minFDE by horizon")
+            _print_table(tables.horizon_table(found, short=True))
+        if found.rows[0].by_count:
+            typer.echo("\nminADE/minFDE by number of forecasts")
+            _print_table(tables.count_table(found, short=True))
+        if not quiet:
+            lines = [*tables.verdicts(found), "", *tables.calibration_lines(found), *found.notes]
+            typer.echo("\n" + "\n".join(lines))
 
 
-def _print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_table(table: Table) -> None:
+    _print_rows(table.header, table.marked("[bold]", "[/bold]"), gap=1)
+
+
+def _print_rows(header: Sequence[str], rows: Sequence[Sequence[str]], gap: int = 2) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     for index, column in enumerate(header):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
@@ -109,6 +110,30 @@ def shortened(scenes: Scenes, generator: torch.Generator, probability: float) ->
     length = (draw.floor() + 1) * chosen
     hidden = torch.arange(scenes.num_observed) < length[..., None]
     return _hidden(scenes, hidden.to(scenes.past.device))
+
+
+def cropped(scenes: Scenes, size: int, generator: torch.Generator) -> Scenes:
+    """Scenes of at most ``size`` agents: of fuller ones a random target and those who stand nearest to it.
+
+    Targets still come first.
+    """
+    if scenes.num_agents <= size:
+        return scenes
+    draw = torch.rand(scenes.target_mask.shape, generator=generator)
+    focus = draw.masked_fill(~scenes.target_mask, -1).argmax(dim=1)
+    step = scenes.past_mask * torch.arange(1, scenes.num_observed + 1)
+    last = step.argmax(dim=2)[..., None, None].expand(-1, -1, 1, 2)
+    place = scenes.past.gather(2, last)[:, :, 0]
+    apart = (place - place.gather(1, focus[:, None, None].expand(-1, 1, 2))).square().sum(dim=-1)
+    apart = apart.masked_fill(~(scenes.agent_mask & scenes.past_mask.any(dim=2)), torch.inf)
+    near = apart.topk(size, dim=1, largest=False).indices.sort(dim=1).values
+    changes: dict[str, Any] = {}
+    for item in fields(scenes):
+        value = getattr(scenes, item.name)
+        if isinstance(value, torch.Tensor) and item.name != "start":
+            index = near.view(*near.shape, *[1] * (value.ndim - 2)).expand(-1, -1, *value.shape[2:])
+            changes[item.name] = value.gather(1, index)
+    return replace(scenes, **changes)
 
 
 def centres(scenes: Scenes) -> torch.Tensor:

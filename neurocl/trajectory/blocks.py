@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NUM_RELATIONS = 6
+NUM_RELATIONS = 8
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1 << 13, 1 << 20
 RELATION_HIDDEN = 32
 
@@ -32,18 +32,40 @@ def sinusoidal_positions(length: int, width: int) -> Tensor:
     return table.float()
 
 
-def relations(position: Tensor, velocity: Tensor) -> Tensor:
-    """What agent i sees of agent j: displacement, distance, relative velocity and closing speed, [S, A, A, F].
+def relations(
+    position: Tensor,
+    velocity: Tensor,
+    frame: Tensor | None = None,
+    *,
+    present: Tensor | None = None,
+    neighbours: int = 0,
+) -> Tensor:
+    """What agent i sees of agent j, [S, A, A, F + 1].
+
+    These are the displacement, its length, the relative velocity, the closing speed and j's velocity; and last a one
+    where i looks at j, which it does at itself and its nearest neighbours.
 
     Args:
         position: of the last step, [S, A, 2], in network units.
         velocity: of the last step, [S, A, 2], in network units per step.
+        frame: rotations to the axes of each agent i, [S, A, 2, 2]; None for the axes of the data.
+        present: agents that are there, bool [S, A]; the others are nobody's neighbours.
+        neighbours: how many agents i looks at, itself included; 0 for all.
     """
     apart = position[:, None] - position[:, :, None]
     relative = velocity[:, None] - velocity[:, :, None]
+    theirs = velocity[:, None].expand_as(apart)
     distance = torch.sqrt(apart.square().sum(dim=-1, keepdim=True) + 1e-12)
     closing = -(apart * relative).sum(dim=-1, keepdim=True) / (distance + 1e-3)
-    return torch.cat([apart, distance, relative, closing], dim=-1)
+    if frame is not None:
+        apart, relative, theirs = apart @ frame.mT, relative @ frame.mT, theirs @ frame.mT
+    visible = torch.ones_like(distance)
+    if neighbours:
+        far = distance[..., 0] if present is None else distance[..., 0].masked_fill(~present[:, None], torch.inf)
+        # Of several at the same distance all are seen. Nobody is nearer than oneself.
+        rank = (far[..., None] > far[..., None, :]).sum(dim=-1)
+        visible = (rank < neighbours).to(distance.dtype)[..., None]
+    return torch.cat([apart, distance, relative, closing, theirs, visible], dim=-1)
 
 
 def being_exported() -> bool:
@@ -235,10 +257,12 @@ class GeometryEncoder(nn.Module):
         self.value = nn.Linear(RELATION_HIDDEN, width)
 
     def forward(self, related: Tensor) -> PairGeometry:
-        """:func:`relations` [S, A, A, F] -> bias and values."""
-        hidden = F.silu(self.hidden(related))
+        """:func:`relations` [S, A, A, F + 1] -> bias and values."""
+        hidden = F.silu(self.hidden(related[..., :-1]))
         values = self.value(hidden).unflatten(-1, (self.heads, -1))
-        return PairGeometry(self.bias(hidden).permute(0, 3, 1, 2), values.permute(0, 3, 1, 2, 4))
+        bias = self.bias(hidden)
+        bias = bias.masked_fill(related[..., -1:] == 0, torch.finfo(bias.dtype).min / 4)
+        return PairGeometry(bias.permute(0, 3, 1, 2), values.permute(0, 3, 1, 2, 4))
 
 
 class AdaptiveNorm(nn.Module):
@@ -398,7 +422,7 @@ class SceneStack(nn.Module):
     ) -> Tensor:
         """:meth:`SceneLayer.forward` of every layer over [S, A, N, T, d]."""
         parts = []
-        for part in x.split(_samples_at_once(x), dim=2):
+        for part in [x] if being_exported() else x.split(_samples_at_once(x), dim=2):
             for layer, known in zip(self.layers, memory, strict=True):
                 part = layer(part, time_mask=time_mask, agent_mask=agent_mask, memory=known, condition=condition)
             parts.append(part)
@@ -411,7 +435,5 @@ def _samples_at_once(x: Tensor) -> int:
     What a processor works on should stay in its caches, and the memory of a GPU has an end.
     """
     scenes, agents, samples, steps, _ = x.shape
-    if being_exported():
-        return samples
     tokens = TOKENS_ON_CPU if x.device.type == "cpu" else TOKENS_ON_GPU
     return min(samples, max(1, tokens // (scenes * agents * steps)))

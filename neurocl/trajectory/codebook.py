@@ -66,7 +66,7 @@ class InstanceCodebook(nn.Module):
             tokens: encoded past, [B, T_o, d].
             mask: steps that were observed, bool [B, T_o], or None for all.
         """
-        rows = (self.B + self.positions).expand(len(tokens), -1, -1)
+        rows = (self.B + self.positions).expand(tokens.shape[0], -1, -1)
         rows = self.norm_past(rows + self.ask_past(rows, tokens, mask))
         rows = self.norm_rows(rows + self.ask_rows(rows, rows))
         spread: Tensor = self.A.T @ rows

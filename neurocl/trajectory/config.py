@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -19,22 +22,23 @@ class StageConfig(Config):
     """Budget and optimiser of one stage.
 
     Attributes:
-        steps: updates.
-        batch_size: scenes in a step.
+        steps: updates; None takes what suits the data set.
+        batch_size: scenes in a step; None takes what suits the data set.
         lr: highest learning rate; it falls to a hundredth of it along a cosine.
         weight_decay: of AdamW.
         clip: largest norm of the gradient.
         ema: decay of the averaged weights that are kept.
-        validate_every: steps between looks at the validation scenes; the best averaged weights win.
+        validate_every: steps between looks at the validation scenes, of which the best averaged weights win; None for
+            five looks.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 6000
-    batch_size: Annotated[int, Field(ge=1)] = 64
+    steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    validate_every: Annotated[int, Field(ge=1)] = 500
+    validate_every: Annotated[int, Field(ge=1)] | None = None
 
 
 class AugmentConfig(Config):
@@ -42,6 +46,7 @@ class AugmentConfig(Config):
 
     rotation: Annotated[float, Field(ge=0)] = 0.0
     reflection: bool = False
+    field: tuple[float, float] | None = None
     drop: Annotated[float, Field(ge=0, le=1)] = 0.0
     shorten: Annotated[float, Field(ge=0, le=1)] = 0.0
     jitter: Annotated[float, Field(ge=0)] = 0.0
@@ -63,6 +68,8 @@ class TrajectoryConfig(Config):
         loss: of the diffusion.
         stage1, stage2: budgets.
         augment: None takes what suits the data set.
+        max_agents: of fuller training scenes, a random agent and those nearest to it; None takes what suits the data.
+        scale: units of the data that make one unit of the network; None takes what suits the data set.
         strength_from, strength_to: share of stage 1 at which the instance part of the codebook begins and is complete.
         max_validation_scenes: scenes used for model selection.
         seed, device, precision, threads: of the run.
@@ -83,6 +90,8 @@ class TrajectoryConfig(Config):
     stage1: StageConfig = StageConfig()
     stage2: StageConfig = StageConfig()
     augment: AugmentConfig | None = None
+    max_agents: Annotated[int, Field(ge=1)] | None = None
+    scale: Annotated[float, Field(gt=0)] | None = None
     strength_from: Annotated[float, Field(ge=0, le=1)] = 0.15
     strength_to: Annotated[float, Field(ge=0, le=1)] = 0.5
     max_validation_scenes: Annotated[int, Field(ge=1)] = 500
@@ -114,14 +123,47 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Units of the data that make one unit of the network, and how training scenes may be changed.
-SCALES = {"sdd": 50.0, "nba": 5.0, "nba:rebound": 15.0, "nfl": 25.0}
-AUGMENTS: dict[str, dict[str, Any]] = {
-    "nba": {"reflection": True},
-    "nba:rebound": {"reflection": True},
-    "nfl": {"reflection": True},
+
+WALKED = AugmentConfig(rotation=360.0, reflection=True)
+
+
+@dataclass(frozen=True)
+class Suited:
+    """What suits a data set, unless a configuration says otherwise.
+
+    Attributes:
+        scale: units of the data that make one unit of the network.
+        augment: how training scenes may be changed.
+        batch_size: scenes in a step.
+        max_agents: of a training scene.
+        steps: of both stages.
+        model: of the default model, not of the faithful one.
+    """
+
+    scale: float = 1.0
+    augment: AugmentConfig = WALKED
+    batch_size: int = 32
+    max_agents: int = 12
+    steps: tuple[int, int] = (4000, 5000)
+    model: dict[str, Any] = dataclass_field(default_factory=dict)
+
+
+COURT, FIELD = (28.0, 28.0 * 50 / 94), (120 * 0.9144, 53.3 * 0.9144)  # metres, as the readers convert them
+ON_FIELD = {"absolute": True, "heading": False, "neighbours": 0}
+
+
+def _sport(scale: float, field: tuple[float, float], agents: int, batch_size: int) -> Suited:
+    """Matches on a field of this length and width, which are mirrored onto themselves."""
+    return Suited(scale, AugmentConfig(reflection=True, field=field), batch_size, agents, model=ON_FIELD)
+
+
+SUITED = {
+    "crowd": Suited(batch_size=16, steps=(1500, 2000)),
+    "sdd": Suited(scale=50.0, batch_size=128, max_agents=6, model={"neighbours": 4}),
+    "nba": _sport(5.0, COURT, 11, 16),
+    "nba:rebound": _sport(15.0, (94.0, 50.0), 11, 16),
+    "nfl": _sport(25.0, FIELD, 23, 8),
 }
-PEDESTRIANS = {"rotation": 360.0, "reflection": True}
 
 
 def resolve(preset: str = "small", *layers: dict[str, Any]) -> TrajectoryConfig:
@@ -135,13 +177,38 @@ def resolve(preset: str = "small", *layers: dict[str, Any]) -> TrajectoryConfig:
     return validate(TrajectoryConfig, merged(PRESETS[preset], *layers), source="trajectory")
 
 
-def scale_of(config: TrajectoryConfig) -> float:
-    """Units of the data per network unit; metres stay metres."""
-    return SCALES.get(config.dataset, 1.0) if not config.files else 1.0
+def completed(config: TrajectoryConfig) -> TrajectoryConfig:
+    """The configuration with everything filled in that was left to the data set; complete ones stay as they are."""
+    suited = Suited() if config.files else SUITED.get(config.dataset, Suited())
+    values: dict[str, Any] = {
+        "augment": config.augment or suited.augment,
+        "max_agents": config.max_agents or suited.max_agents,
+        "scale": config.scale or suited.scale,
+        "model": config.model if config.faithful else {**suited.model, **config.model},
+    }
+    for name, usual in zip(("stage1", "stage2"), suited.steps, strict=True):
+        own: StageConfig = getattr(config, name)
+        steps = own.steps or usual
+        looks = own.validate_every or math.ceil(steps / 5)
+        filled = {"steps": steps, "batch_size": own.batch_size or suited.batch_size, "validate_every": looks}
+        values[name] = own.model_copy(update=filled)
+    return config.model_copy(update=values)
 
 
-def augment_of(config: TrajectoryConfig) -> AugmentConfig:
-    """The configured changes, or those that suit the data set."""
-    if config.augment is not None:
-        return config.augment
-    return AugmentConfig(**AUGMENTS.get(config.dataset, PEDESTRIANS))
+class Budget(NamedTuple):
+    """Of a stage: updates, scenes in each, and updates between looks at the validation scenes."""
+
+    steps: int
+    batch_size: int
+    validate_every: int
+
+
+def budget(stage: StageConfig) -> Budget:
+    """Of a stage of a :func:`completed` configuration.
+
+    Raises:
+        ValueError: something is left open.
+    """
+    if stage.steps is None or stage.batch_size is None or stage.validate_every is None:
+        raise ValueError("the configuration is not completed")
+    return Budget(stage.steps, stage.batch_size, stage.validate_every)

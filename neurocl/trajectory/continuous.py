@@ -141,7 +141,7 @@ class ContinuousPrior(nn.Module):
         scheduler = _scheduler(self.process)
         if self.process == "flow":
             # The grid of the scheduler itself wastes its last step next to the data.
-            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=device)
+            scheduler.set_timesteps(sigmas=[1 - index / steps for index in range(steps)], device=device)
         else:
             scheduler.set_timesteps(steps, device=device)
         for t in scheduler.timesteps:

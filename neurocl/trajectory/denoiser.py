@@ -115,11 +115,13 @@ class FutureTrunk(nn.Module):
             hidden: scenes whose agents do not see their own pasts, bool [S], for guidance.
         """
         absorb = not self.training
-        seen = context.seen
-        related = context.related if self.config.geometry else None
-        tokens = self.adapt(context.embedded)[:, :, None]
+        everyone, count = context.everyone, context.present.shape[1]
+        tokens = self.adapt(everyone.embedded)[:, :, None]
+        related = everyone.related if self.config.geometry else None
         memory = self.past.prepare(tokens[:, :, 0], None, related)
-        tokens = self.past(tokens, memory, time_mask=seen, agent_mask=seen)[:, :, 0]
+        tokens = self.past(tokens, memory, time_mask=everyone.seen, agent_mask=everyone.seen)[:, :count, 0]
+        related = context.related if self.config.geometry else None
+        seen = context.seen
         if hidden is not None:
             seen = seen & ~hidden[:, None, None]
         present: Tensor | None = context.present[..., None]

@@ -19,7 +19,8 @@ from neurocl.config import Config, validate
 from neurocl.errors import UserError
 from neurocl.runs import RunFolder, read_json
 from neurocl.trajectory.autoregressive import AutoregressivePrior
-from neurocl.trajectory.config import TrajectoryConfig, scale_of
+from neurocl.trajectory.calibration import Calibration, tempered
+from neurocl.trajectory.config import TrajectoryConfig, completed
 from neurocl.trajectory.continuous import ContinuousPrior
 from neurocl.trajectory.denoiser import CodeDenoiser, TrunkConfig
 from neurocl.trajectory.diffusion import MaskReplaceDiffusion
@@ -37,6 +38,8 @@ class SamplingConfig(Config):
     Attributes:
         num_samples: N drawn; None takes 10 per forecast when they are clustered, K when they are not.
         steps: of the sampler.
+        sampler: of the diffusion prior: ``unmask``, which fills in the codes it is surest of first, or the ``posterior``
+            of the diffusion in strides.
         select: ``centroids`` of clusters of samples, their ``medoids``, or plain ``samples``.
         joint: forecasts of whole scenes.
         temperature, top_p: of the draws.
@@ -44,7 +47,8 @@ class SamplingConfig(Config):
     """
 
     num_samples: int | None = None
-    steps: int = 10
+    steps: int = 5
+    sampler: Literal["unmask", "posterior"] = "unmask"
     select: Selection = "centroids"
     joint: bool = False
     temperature: float = 1.0
@@ -96,7 +100,8 @@ class Shape:
 
 def shape_for(config: TrajectoryConfig, scenes: Scenes) -> Shape:
     """The model of a configuration for scenes of this length, unit and rate."""
-    sizes = {"num_observed": scenes.num_observed, "num_predicted": scenes.num_predicted, "scale": scale_of(config)}
+    config = completed(config)
+    sizes = {"num_observed": scenes.num_observed, "num_predicted": scenes.num_predicted, "scale": config.scale}
     own = {**sizes, **config.model}
     if config.faithful:
         vqvae = VqVaeConfig.faithful(**own)
@@ -129,7 +134,6 @@ class Networks(nn.Module):
         self,
         indices: torch.Tensor,
         context: Context,
-        mask: torch.Tensor,
         *,
         kind: Literal["weighted_ce", "kl"],
         generator: torch.Generator,
@@ -139,10 +143,10 @@ class Networks(nn.Module):
         Args:
             indices: codes of the true futures, [S, A, T_p].
             context: of stage 1, without gradients.
-            mask: agents that count, [S, A].
             kind: of the diffusion's loss.
             generator: of times and noise.
         """
+        mask = context.present
         if isinstance(self.prior, AutoregressivePrior):
             return self.prior.loss(indices, self.prior.prepare(context), mask)
         per_scene = self.prior.trunk.config.agent_attention
@@ -183,7 +187,8 @@ class Networks(nn.Module):
             else:
                 assert self.diffusion is not None
                 denoiser, kept = self.prior, self.prior.prepare(context)
-                codes = self.diffusion.sample(
+                unmask = sampling.sampler == "unmask"
+                codes = (self.diffusion.unmask if unmask else self.diffusion.sample)(
                     lambda x, t: denoiser(x, t, kept),
                     size,
                     steps=min(sampling.steps, self.diffusion.num_steps),
@@ -203,19 +208,28 @@ class Forecaster:
         shape: of the networks.
         networks: with their weights; put into eval mode.
         device: where to compute.
+        calibration: fitted on validation scenes; without one, probabilities are the plain masses of the clusters.
     """
 
-    def __init__(self, shape: Shape, networks: Networks, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        networks: Networks,
+        device: torch.device | str = "cpu",
+        *,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.shape = shape
         self.networks = networks.eval().to(device)
         self.device = torch.device(device)
+        self.calibration = calibration
 
     @classmethod
     def load(cls, run: Path | str, *, device: str = "cpu") -> Forecaster:
         """Read a finished training run.
 
         Raises:
-            UserError: not a trajectory run, not finished, or a damaged checkpoint.
+            UserError: not a trajectory run, not finished, or a damaged checkpoint or calibration.
         """
         folder = RunFolder.open(Path(run))
         path = folder.path / "model.json"
@@ -226,7 +240,8 @@ class Forecaster:
         tensors = folder.load_checkpoint().tensors
         found = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
         networks.load_state_dict(found)
-        return cls(shape, networks, device)
+        calibration = Calibration.read(folder.path, num_predicted=shape.vqvae.num_predicted, unit=shape.unit)
+        return cls(shape, networks, device, calibration=calibration)
 
     @property
     def num_observed(self) -> int:
@@ -254,35 +269,80 @@ class Forecaster:
             sampling: see :class:`SamplingConfig`.
             generator: of the draws; by default one seeded with ``sampling.seed``.
 
-        Returns: trajectories [K, S, A, T_p, 2] in the units of the scenes, and probabilities [K, S, A].
+        Returns: trajectories [K, S, A, T_p, 2] in the units of the scenes, and probabilities [K, S, A], see
+            :meth:`calibrated`; agents that are not targets mean nothing, and are NaN where they were left out.
         Raises:
             UserError: scenes of another length than the model was trained for.
         """
         sampling = sampling or SamplingConfig()
+        generator = generator or torch.Generator(self.device).manual_seed(sampling.seed)
+        samples, present = self.draw(scenes, num_drawn(num_forecasts, sampling), sampling, generator)
+        chosen = select(
+            samples,
+            num_forecasts,
+            how=sampling.select,
+            joint=sampling.joint,
+            agent_mask=present,
+            generator=generator,
+        )
+        missing = scenes.num_agents - present.shape[1]
+        trajectories = nn.functional.pad(chosen.trajectories, (0, 0, 0, 0, 0, missing), value=torch.nan)
+        probabilities = nn.functional.pad(chosen.probabilities, (0, missing), value=torch.nan)
+        return Selected(trajectories, self.calibrated(probabilities, sampling))
+
+    def draw(
+        self, scenes: Scenes, num_samples: int, sampling: SamplingConfig, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples of every agent, before any are chosen: [N, S, A, T_p, 2], and who is present, bool [S, A].
+
+        Here A counts the agents up to the last target of any scene, see :class:`neurocl.trajectory.vqvae.Context`.
+
+        Raises:
+            UserError: scenes of another length than the model was trained for.
+        """
         if (scenes.num_observed, scenes.num_predicted) != (self.num_observed, self.num_predicted):
             raise UserError(
                 f"the model forecasts {self.num_predicted} steps from {self.num_observed}, the scenes have "
                 f"{scenes.num_observed} + {scenes.num_predicted}"
             )
-        if num_forecasts < 1:
-            raise UserError(f"the number of forecasts must be at least 1, got {num_forecasts}")
-        generator = generator or torch.Generator(self.device).manual_seed(sampling.seed)
-        plain = sampling.select == "samples"
-        count = sampling.num_samples or (num_forecasts if plain else 10 * num_forecasts)
-        if count < num_forecasts:
-            raise UserError(f"{num_forecasts} forecasts need at least as many samples, got {count}")
-        moved = scenes.to(self.device)
         with torch.inference_mode():
-            context = self.networks.vqvae.encode_context(moved)
-            samples = self.networks.sample(context, count, sampling, generator)
-            return select(
-                samples,
-                num_forecasts,
-                how=sampling.select,
-                joint=sampling.joint,
-                agent_mask=context.present,
-                generator=generator,
-            )
+            context = self.networks.vqvae.encode_context(scenes.to(self.device))
+            return self.networks.sample(context, num_samples, sampling, generator), context.present
+
+    def calibrated(self, masses: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+        """Probabilities out of masses of clusters, [K, ...] both: tempered if the calibration is for such forecasts.
+
+        Args:
+            masses: as :func:`neurocl.trajectory.selection.select` gives them.
+            sampling: that they come from.
+        """
+        if self.calibration is None or not self.calibrates(len(masses), sampling):
+            return masses
+        return tempered(masses, self.calibration.temperature, num_drawn(len(masses), sampling))
+
+    def calibrates(self, num_forecasts: int, sampling: SamplingConfig) -> bool:
+        """Whether there is a calibration and it says something about the probabilities of such forecasts.
+
+        It says nothing about plain samples, whole scenes, changed draws (``temperature``, ``top_p``, another
+        ``sampler``), and a K below half or above twice that of the fit.
+        """
+        known = self.calibration
+        return (
+            known is not None
+            and known.tempers(num_forecasts)
+            and known.sampler == sampling.sampler
+            and sampling.select != "samples"
+            and not sampling.joint
+            and sampling.temperature == sampling.top_p == 1.0
+        )
+
+    def radii(self, num_forecasts: int, sampling: SamplingConfig) -> dict[str, list[float]]:
+        """``radius_50`` and ``radius_90``, per step around the forecasts; empty unless all is as in the fit."""
+        known = self.calibration
+        if known is None or not self.calibrates(num_forecasts, sampling):
+            return {}
+        how = (num_forecasts, num_drawn(num_forecasts, sampling), sampling.steps, sampling.select)
+        return known.radii() if how == (known.num_forecasts, known.num_samples, known.steps, known.select) else {}
 
     def forecast(
         self,
@@ -343,7 +403,7 @@ class Forecaster:
             hz=self.shape.hz,
             unit=self.shape.unit,
             joint=bool(sampling and sampling.joint),
-            extra={"seconds": seconds},
+            extra={"seconds": seconds, **self.radii(num_samples, sampling or SamplingConfig())},
         )
 
     def forecast_tracks(
@@ -368,6 +428,7 @@ class Forecaster:
             raise UserError(f"{tracks.name}: nobody is there at the end of the recording")
         started = time.perf_counter()
         chosen = self.forecast_scenes(scenes, num_samples, sampling)
+        seconds = time.perf_counter() - started
         return (
             Forecast(
                 trajectories=chosen.trajectories[:, 0, :here].cpu(),
@@ -376,10 +437,24 @@ class Forecaster:
                 hz=self.shape.hz,
                 unit=self.shape.unit,
                 joint=bool(sampling and sampling.joint),
-                extra={"seconds": time.perf_counter() - started},
+                extra={"seconds": seconds, **self.radii(num_samples, sampling or SamplingConfig())},
             ),
             scenes,
         )
+
+
+def num_drawn(num_forecasts: int, sampling: SamplingConfig) -> int:
+    """N, the number of samples that K forecasts are made of.
+
+    Raises:
+        UserError: no forecast, or fewer samples than forecasts.
+    """
+    if num_forecasts < 1:
+        raise UserError(f"the number of forecasts must be at least 1, got {num_forecasts}")
+    count = sampling.num_samples or (num_forecasts if sampling.select == "samples" else 10 * num_forecasts)
+    if count < num_forecasts:
+        raise UserError(f"{num_forecasts} forecasts need at least as many samples, got {count}")
+    return count
 
 
 def write_shape(folder: RunFolder, shape: Shape) -> None:

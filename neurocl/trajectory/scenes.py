@@ -195,7 +195,8 @@ class Forecast:
         hz: steps per second.
         unit: of the positions.
         joint: whether forecast k of one agent goes with forecast k of the others.
-        extra: more about the forecast, such as the time it took.
+        extra: more about the forecast: ``seconds`` that it took; if it is calibrated, ``radius_50`` and ``radius_90``:
+            per step, how near to one of the forecasts the truth is with that probability.
     """
 
     trajectories: torch.Tensor

@@ -21,18 +21,23 @@ from neurocl.devices import Runtime, generator_for, machine, peak_memory_mb, pre
 from neurocl.errors import Interrupted, RunError, UserError
 from neurocl.runs import RunFolder
 from neurocl.stopping import StopRequest
-from neurocl.trajectory.augment import augmented
-from neurocl.trajectory.config import StageConfig, TrajectoryConfig, augment_of
+from neurocl.trajectory.augment import augmented, cropped
+from neurocl.trajectory.calibration import Calibration, fit_calibration
+from neurocl.trajectory.config import Budget, StageConfig, TrajectoryConfig, budget, completed
 from neurocl.trajectory.continuous import ContinuousPrior
 from neurocl.trajectory.datasets import Split, load_scenes
-from neurocl.trajectory.forecaster import Forecaster, Networks, SamplingConfig, shape_for, write_shape
+from neurocl.trajectory.forecaster import Forecaster, Networks, SamplingConfig, num_drawn, shape_for, write_shape
 from neurocl.trajectory.metrics import min_ade, min_fde
 from neurocl.trajectory.scenes import Scenes
 from neurocl.trajectory.schedules import cosine_ramp
+from neurocl.trajectory.selection import select
+from neurocl.trajectory.vqvae import reconstruction
 
 SAVE_SECONDS = 60.0
 STAGES = ("codes", "prior")
 LAST_RATE = 0.01  # share of the learning rate at the end
+MAX_VALIDATION_TARGETS = 700  # agents that forecasts are measured and calibrated on
+BATCHES_SORTED = 16  # batches that are sorted by their number of agents together
 RAMP_SHARE, RAMP_STEPS = 0.1, 3000  # the codebook's loss is faded in over a tenth of the steps, at most 3000
 
 
@@ -75,7 +80,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrajectoryConfig, folder: RunFolder, say: Say | None = None) -> None:
-        self.config = config
+        self.config = config = completed(config)
         self.folder = folder
         self.say = say or (lambda stage, step, steps, numbers: None)
         self.runtime: Runtime = prepare(config.device, config.precision, config.threads)
@@ -83,6 +88,9 @@ class Trainer:
         validation = load_split(config, "val")
         order = torch.randperm(len(validation), generator=generator_for(config.seed, 5))
         self.val_scenes = validation.subset(order[: config.max_validation_scenes].sort().values)
+        self.max_agents = config.max_agents or self.train_scenes.num_agents
+        self.targets = self.train_scenes.target_mask.sum(dim=1).clamp(max=self.max_agents)
+        self._order: tuple[tuple[int, int], Tensor] = (-1, -1), torch.empty(0)
         self.shape = shape_for(config, self.train_scenes)
         seed_everything(config.seed)
         self.networks = Networks(self.shape).to(self.runtime.device)
@@ -102,11 +110,15 @@ class Trainer:
     def stage_config(self) -> StageConfig:
         return self.config.stage1 if self.stage == 0 else self.config.stage2
 
+    def budget(self) -> Budget:
+        """Of the current stage."""
+        return budget(self.stage_config())
+
     def strength(self, step: int) -> float:
         """Of the instance part of the codebook at a step of stage 1."""
         if self.shape.vqvae.rank == 0:
             return 0.0
-        steps = self.config.stage1.steps
+        steps = budget(self.config.stage1).steps
         start, end = self.config.strength_from * steps, self.config.strength_to * steps
         return cosine_ramp(step, start, end) if end > start else float(step >= end)
 
@@ -119,12 +131,18 @@ class Trainer:
         """
         with StopRequest().listen() as stop:
             while self.stage < len(STAGES):
-                self._run_stage(stop)
-                self._finish_stage()
+                self.run_stage(stop)
+                self.finish_stage()
         return self._finish()
 
-    def _run_stage(self, stop: StopRequest) -> None:
-        how = self.stage_config()
+    def run_stage(self, stop: StopRequest) -> None:
+        """The rest of the current stage; its best weights are in ``best``.
+
+        Raises:
+            RunError: the loss is not finite.
+            Interrupted: asked to stop; a checkpoint is written.
+        """
+        how = self.budget()
         if self.optimizer is None:
             self._begin_stage()
         started = saved = time.monotonic()
@@ -163,17 +181,30 @@ class Trainer:
         scenes = self.train_scenes.subset(rows.sort().values).to(self.runtime.device)
         self.networks.vqvae.eval()
         indices, context = self.networks.vqvae.indices(scenes)
-        prior.fit_statistics(gather_codes(context.codebook, indices[None])[0], scenes.target_mask & context.present)
+        prior.fit_statistics(gather_codes(context.codebook, indices[None])[0], context.present)
 
     def _batch(self, generator: torch.Generator) -> Scenes:
-        """The scenes of this step: an epoch is a seeded permutation."""
-        how, count = self.stage_config(), len(self.train_scenes)
-        size = min(how.batch_size, count)
-        per_epoch = count // size
-        epoch, place = divmod(self.step, per_epoch)
-        order = torch.randperm(count, generator=generator_for(self.config.seed, 1, self.stage, epoch))
-        scenes = self.train_scenes.subset(order[place * size : (place + 1) * size])
-        return augmented(scenes, generator, **augment_of(self.config).model_dump()).to(self.runtime.device)
+        """The scenes of this step."""
+        size = min(self.budget().batch_size, len(self.train_scenes))
+        epoch, place = divmod(self.step, len(self.train_scenes) // size)
+        if self._order[0] != (self.stage, epoch):
+            self._order = (self.stage, epoch), self._epoch(epoch, size)
+        scenes = cropped(self.train_scenes.subset(self._order[1][place]), self.max_agents, generator)
+        assert self.config.augment is not None
+        return augmented(scenes, generator, **self.config.augment.model_dump()).to(self.runtime.device)
+
+    def _epoch(self, epoch: int, size: int) -> Tensor:
+        """Rows of the batches of an epoch, [batches, size].
+
+        Scenes of about as many targets come together, so that little is padded: a seeded permutation is sorted by
+        them in pieces of a few batches, and the batches are shuffled again.
+        """
+        generator = generator_for(self.config.seed, 1, self.stage, epoch)
+        order = torch.randperm(len(self.train_scenes), generator=generator)
+        order = order[: len(order) // size * size]
+        piece = torch.arange(len(order)) // (size * BATCHES_SORTED)
+        batches = order[(piece * (self.max_agents + 1) + self.targets[order]).argsort(stable=True)].view(-1, size)
+        return batches[torch.randperm(len(batches), generator=generator)]
 
     def _train_step(self) -> dict[str, float]:
         how = self.stage_config()
@@ -181,27 +212,27 @@ class Trainer:
         generator = generator_for(self.config.seed, 2, self.stage, self.step)
         torch.manual_seed(int(torch.randint(1 << 62, (1,), generator=generator)))  # dropout
         scenes = self._batch(generator)
-        share = self.step / max(1, how.steps - 1)
-        rate = how.lr * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * share)))
+        steps = self.budget().steps
+        progress = self.step / max(1, steps - 1)
+        rate = how.lr * (LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        # Batches differ in agents, but every agent counts the same.
+        share = float(scenes.target_mask.sum()) / (float(self.targets.float().mean()) * len(scenes))
         self.networks.train()
         with self.runtime.autocast():
             if self.stage == 0:
-                ramp = min(RAMP_STEPS, max(1, round(RAMP_SHARE * how.steps)))
+                ramp = min(RAMP_STEPS, max(1, round(RAMP_SHARE * steps)))
                 weight = cosine_ramp(self.step, 0, ramp)
                 terms = self.networks.vqvae(scenes, self.strength(self.step), weight).losses
             else:
                 self.networks.vqvae.eval()
                 indices, context = self.networks.vqvae.indices(scenes)
-                mask = scenes.target_mask & context.present
-                loss = self.networks.prior_loss(
-                    indices, context.detach(), mask, kind=self.config.loss, generator=generator
-                )
+                loss = self.networks.prior_loss(indices, context.detach(), kind=self.config.loss, generator=generator)
                 terms = {"prior": loss}
         total = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        (total * share).backward()
         nn.utils.clip_grad_norm_(self.module().parameters(), how.clip)
         self.optimizer.step()
         value = float(total.detach())
@@ -225,11 +256,15 @@ class Trainer:
         own = {name: value.clone() for name, value in self.module().state_dict().items()}
         self.module().load_state_dict(self.average)
         self.networks.eval()
-        value = self._reconstruction() if self.stage == 0 else self._forecast_error()
+        if self.stage == 0:
+            found = reconstruction(self.networks.vqvae, self.val_scenes, self.strength(self.step - 1))
+            losses["val_perplexity"], value = found.perplexity, found.ade
+        else:
+            value = self._forecast_error()
         name = "val_reconstruction_ade" if self.stage == 0 else "val_min_ade"
         losses[name] = value
         full = self.stage == 1 or self.strength(self.step - 1) >= 1 or self.shape.vqvae.rank == 0
-        last = self.step == self.stage_config().steps
+        last = self.step == self.budget().steps
         if (full and value < self.best_value) or (last and not math.isfinite(self.best_value)):
             self.best_value = value
             self.best = {key: tensor.detach().clone() for key, tensor in self.networks.state_dict().items()}
@@ -237,22 +272,12 @@ class Trainer:
         self.module().load_state_dict(own)
 
     @torch.no_grad()
-    def _reconstruction(self) -> float:
-        """Mean distance between validation futures and what their codes decode to, in the units of the data."""
-        total = count = 0.0
-        for scenes in self.val_scenes.batches(128):
-            found = self.networks.vqvae(scenes.to(self.runtime.device), self.strength(self.step - 1))
-            known = int((scenes.future_mask & scenes.target_mask[..., None]).sum())
-            total, count = total + float(found.ade) * known, count + known
-        return total / max(1.0, count)
-
-    @torch.no_grad()
     def _forecast_error(self) -> float:
         """minADE of twenty plain samples on validation scenes."""
         forecaster = Forecaster(self.shape, self.networks, self.runtime.device)
         generator = torch.Generator(self.runtime.device).manual_seed(self.config.seed)
         total = count = 0.0
-        for scenes in self.val_scenes.batches(64):
+        for scenes in _few_scenes(self.val_scenes, self.config.seed).batches(64):
             chosen = forecaster.forecast_scenes(scenes, 20, SamplingConfig(select="samples"), generator=generator)
             mask = scenes.target_mask
             predicted, truth = chosen.trajectories.cpu()[:, mask], scenes.future[mask]
@@ -260,7 +285,8 @@ class Trainer:
                 total, count = total + float(min_ade(predicted, truth).sum()), count + len(truth)
         return total / max(1.0, count)
 
-    def _finish_stage(self) -> None:
+    def finish_stage(self) -> None:
+        """Take the best weights and go to the next stage."""
         self.networks.load_state_dict(self.best)
         self.stage, self.step, self.optimizer, self.average = self.stage + 1, 0, None, {}
         self.save()
@@ -268,7 +294,8 @@ class Trainer:
     def _finish(self) -> TrajectoryResult:
         write_shape(self.folder, self.shape)
         forecaster = Forecaster(self.shape, self.networks, self.runtime.device)
-        metrics = validation_metrics(forecaster, self.val_scenes, self.config.seed)
+        metrics, calibration = measured_and_calibrated(forecaster, self.val_scenes, self.config.seed)
+        calibration.write(self.folder.path)
         self.folder.write_result(
             {
                 "status": "complete",
@@ -335,20 +362,58 @@ class Trainer:
 
 def validation_metrics(forecaster: Forecaster, scenes: Scenes, seed: int) -> dict[str, float]:
     """minADE and minFDE of twenty samples and of twenty centroids, in the units of the data."""
+    return measured_and_calibrated(forecaster, scenes, seed)[0]
+
+
+def measured_and_calibrated(forecaster: Forecaster, scenes: Scenes, seed: int) -> tuple[dict[str, float], Calibration]:
+    """The numbers of :func:`validation_metrics`, and what the masses of the clusters are worth, from the same draws.
+
+    Args:
+        forecaster: trained; its own calibration plays no part.
+        scenes: that it was not trained on; of many, a seeded choice with about 700 agents that count.
+        seed: of that choice and of the draws.
+    """
+    num_forecasts, sampling = 20, SamplingConfig(seed=seed)
+    num_samples = num_drawn(num_forecasts, sampling)
+    generator = torch.Generator(forecaster.device).manual_seed(seed)
+    parts: dict[str, list[Tensor]] = {"samples": [], "centroids": [], "masses": [], "truth": []}
+    for batch in _few_scenes(scenes, seed).batches(32):
+        samples, present = forecaster.draw(batch, num_samples, sampling, generator)
+        chosen = select(samples, num_forecasts, agent_mask=present, generator=generator)
+        mask = batch.target_mask[:, : present.shape[1]]
+        parts["samples"].append(samples[:num_forecasts].cpu()[:, mask])
+        parts["centroids"].append(chosen.trajectories.cpu()[:, mask])
+        parts["masses"].append(chosen.probabilities.cpu()[:, mask])
+        parts["truth"].append(batch.future[batch.target_mask])
+    truth = torch.cat(parts.pop("truth"))
+    drawn = {name: torch.cat(part, dim=1) for name, part in parts.items()}
     found = {}
-    for name, select in (("samples", "samples"), ("centroids", "centroids")):
-        generator = torch.Generator(forecaster.device).manual_seed(seed)
-        ade = fde = count = 0.0
-        for batch in scenes.batches(32):
-            chosen = forecaster.forecast_scenes(batch, 20, SamplingConfig(select=select), generator=generator)  # type: ignore[arg-type]
-            predicted, truth = chosen.trajectories.cpu()[:, batch.target_mask], batch.future[batch.target_mask]
-            if len(truth):
-                ade += float(min_ade(predicted, truth).sum())
-                fde += float(min_fde(predicted, truth).sum())
-                count += len(truth)
-        found[f"min_ade_20_{name}"] = ade / max(1.0, count)
-        found[f"min_fde_20_{name}"] = fde / max(1.0, count)
-    return found
+    for name in ("samples", "centroids"):
+        count = max(1, len(truth))
+        found[f"min_ade_20_{name}"] = float(min_ade(drawn[name], truth).sum()) / count
+        found[f"min_fde_20_{name}"] = float(min_fde(drawn[name], truth).sum()) / count
+    calibration = fit_calibration(
+        drawn["centroids"],
+        truth,
+        drawn["masses"],
+        num_samples=num_samples,
+        steps=sampling.steps,
+        sampler=sampling.sampler,
+        select="centroids",
+        unit=scenes.unit,
+    )
+    return found, calibration
+
+
+def _few_scenes(scenes: Scenes, seed: int) -> Scenes:
+    """As many scenes as hold about ``MAX_VALIDATION_TARGETS`` agents that count, at least one; the emptiest first.
+
+    Batches of scenes of about as many agents hold little padding.
+    """
+    order = torch.randperm(len(scenes), generator=generator_for(seed, 8))
+    sizes = scenes.target_mask.sum(dim=1)
+    rows = order[sizes[order].cumsum(dim=0) - sizes[order] < MAX_VALIDATION_TARGETS].sort().values
+    return scenes.subset(rows[sizes[rows].argsort(stable=True)])
 
 
 def train(config: TrajectoryConfig, *, out: Path | None = None, say: Say | None = None) -> TrajectoryResult:
@@ -371,7 +436,7 @@ def train(config: TrajectoryConfig, *, out: Path | None = None, say: Say | None 
     folder.acquire()
     try:
         trainer = Trainer(config, folder, say)
-        folder.write_config(to_yaml(config))
+        folder.write_config(to_yaml(trainer.config))
         return trainer.run()
     finally:
         folder.release()

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from neurocl.config import Config
-from neurocl.trajectory.blocks import LinearEmbedding, SceneStack, relations, xavier_
+from neurocl.trajectory.blocks import LinearEmbedding, SceneStack, being_exported, relations, xavier_
 from neurocl.trajectory.codebook import (
     Estimator,
     InstanceCodebook,
@@ -26,6 +26,8 @@ from neurocl.trajectory.codebook import (
     masked_mean,
 )
 from neurocl.trajectory.scenes import KINDS, Scenes
+
+STANDING = 1e-6  # network units of movement below which an agent has no heading
 
 
 class VqVaeConfig(Config):
@@ -45,6 +47,8 @@ class VqVaeConfig(Config):
         dropout: in all of them.
         decoder_cross_attention: the decoder sees the encoded past itself, not only through the codebook.
         geometry: relative positions and velocities enter attention among agents; velocities and kinds are inputs.
+        neighbours: with geometry, how many agents one looks at: itself and those nearest to it; 0 for all.
+        heading: every agent sees the world turned so that it walks along x, and its future is described that way.
         absolute: positions on the field are inputs too, for sports.
         estimator: gradient through the quantiser.
         commitment: weight of the commitment term against the codebook term.
@@ -63,6 +67,8 @@ class VqVaeConfig(Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.01
     decoder_cross_attention: bool = True
     geometry: bool = True
+    neighbours: Annotated[int, Field(ge=0)] = 8
+    heading: bool = True
     absolute: bool = False
     estimator: Estimator = "ste"
     commitment: Annotated[float, Field(ge=0)] = 0.25
@@ -78,30 +84,55 @@ class VqVaeConfig(Config):
     @classmethod
     def faithful(cls, **options: Any) -> VqVaeConfig:
         """The model of the paper: 16 codes, no geometry, a decoder that sees the past only through the codebook."""
-        return cls(**{"num_codes": 16, "decoder_cross_attention": False, "geometry": False} | options)
+        return cls(**{"num_codes": 16, "decoder_cross_attention": False, "geometry": False, "heading": False} | options)
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """Pasts of all agents of the scenes, forecast or not: what stage 2 starts from.
+
+    Attributes:
+        embedded: past before the encoder, with positions; [S, A, T_o, d].
+        seen: steps that were observed, bool [S, A, T_o].
+        related: relations of every pair in network units, [S, A, A, F + 1], or None without geometry.
+    """
+
+    embedded: Tensor
+    seen: Tensor
+    related: Tensor | None
+
+    def detach(self) -> Everyone:
+        """The same without gradients."""
+        related = None if self.related is None else self.related.detach()
+        return Everyone(self.embedded.detach(), self.seen, related)
 
 
 @dataclass(frozen=True)
 class Context:
     """What is known of the agents before their future, computed once per scene.
 
+    Only the futures of targets are modelled; the other agents are seen in ``everyone``. Here ``A`` counts the agents up
+    to the last target of any scene, which come first.
+
     Attributes:
         tokens: encoded past, [S, A, T_o, d].
-        embedded: past before the encoder, with positions: what stage 2 starts from; [S, A, T_o, d].
         seen: steps that were observed, bool [S, A, T_o].
-        present: agents that were seen at all, bool [S, A].
+        present: targets that were seen at all, bool [S, A].
         anchor: where each was last seen, in the units of the data, [S, A, 2].
+        frame: rotations from the axes of the data to the agent's own, [S, A, 2, 2], or None where they are the same.
         codebook: each agent's codes, [S, A, K, d_z].
-        related: relations of every pair in network units, [S, A, A, F], or None without geometry.
+        related: relations of every pair in network units, [S, A, A, F + 1], or None without geometry.
+        everyone: the pasts of all agents, before the encoder.
     """
 
     tokens: Tensor
-    embedded: Tensor
     seen: Tensor
     present: Tensor
     anchor: Tensor
+    frame: Tensor | None
     codebook: Tensor
     related: Tensor | None
+    everyone: Everyone
 
     def detach(self) -> Context:
         """The same without gradients, for stage 2."""
@@ -109,6 +140,17 @@ class Context:
             self,
             **{item.name: value.detach() for item in fields(self) if (value := getattr(self, item.name)) is not None},
         )
+
+    def own(self, moves: Tensor) -> Tensor:
+        """Displacements [S, A, T, 2] along the axes of the data, along the agents' own."""
+        return moves if self.frame is None else moves @ self.frame.mT
+
+    def common(self, moves: Tensor) -> Tensor:
+        """Displacements [S, A, ..., T, 2] along the agents' own axes, along those of the data."""
+        if self.frame is None:
+            return moves
+        between = moves.ndim - 4
+        return moves @ self.frame.view(*self.frame.shape[:2], *[1] * between, 2, 2)
 
 
 class VqVaeOutput(NamedTuple):
@@ -140,7 +182,7 @@ class TrajectoryVqVae(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        inputs = 2 + 2 * config.geometry + 2 * config.absolute
+        inputs = 2 + 2 * config.geometry + 2 * config.absolute * (1 + config.heading)
         self.embed_past = LinearEmbedding(inputs, width, config.num_observed, config.dropout)
         self.embed_future = LinearEmbedding(2, width, config.num_predicted, config.dropout)
         self.embed_codes = LinearEmbedding(config.code_dim, width, config.num_predicted, config.dropout, scaled=False)
@@ -179,26 +221,49 @@ class TrajectoryVqVae(nn.Module):
         anchor = last_seen(scenes.past, seen)
         position = ((scenes.past - anchor[:, :, None]) / self.config.scale).masked_fill(~seen[..., None], 0)
         velocity = steps_between(position, seen)
+        frame = None
+        if self.config.heading:
+            frame = heading_frame(velocity)
+            position, velocity = position @ frame.mT, velocity @ frame.mT
         features = [position]
         if self.config.geometry:
             features.append(velocity)
         if self.config.absolute:
             features.append((scenes.past / self.config.scale).masked_fill(~seen[..., None], 0))
+            if frame is not None:
+                features.append(frame[:, :, None, 0].expand_as(position))
         embedded = self.embed_past(torch.cat(features, dim=-1))
         if self.kinds is not None:
             embedded = embedded + self.kinds(scenes.kind.clamp(min=0))[:, :, None]
         related = None
         if self.config.geometry:
-            related = relations(anchor / self.config.scale, last_seen(velocity, seen))
+            speed = last_seen(velocity, seen)
+            if frame is not None:
+                speed = (speed[:, :, None] @ frame)[:, :, 0]
+            present = seen.any(dim=-1)
+            related = relations(
+                anchor / self.config.scale, speed, frame, present=present, neighbours=self.config.neighbours
+            )
         memory = self.past_layers.prepare(embedded, seen, related)
         tokens = self.past_layers(embedded[:, :, None], memory, time_mask=seen, agent_mask=seen)[:, :, 0]
-        codebook = self.codebook(tokens, seen, strength)
-        return Context(tokens, embedded, seen, seen.any(dim=-1), anchor, codebook, related)
+        count = num_forecast(scenes.target_mask)
+        own = seen[:, :count]
+        return Context(
+            tokens=tokens[:, :count],
+            seen=own,
+            present=own.any(dim=-1) & scenes.target_mask[:, :count],
+            anchor=anchor[:, :count],
+            frame=None if frame is None else frame[:, :count],
+            codebook=self.codebook(tokens[:, :count], own, strength),
+            related=None if related is None else related[:, :count, :count],
+            everyone=Everyone(embedded, seen, related),
+        )
 
     def encode_future(self, scenes: Scenes, context: Context) -> Tensor:
         """Latents of the true futures, [S, A, T_p, d_z]; at steps that are not known they mean nothing."""
-        known = scenes.future_mask & context.present[..., None]
-        future = (scenes.future - context.anchor[:, :, None]) / self.config.scale
+        count = context.present.shape[1]
+        known = scenes.future_mask[:, :count] & context.present[..., None]
+        future = context.own((scenes.future[:, :count] - context.anchor[:, :, None]) / self.config.scale)
         x = self.embed_future(future.masked_fill(~known[..., None], 0))[:, :, None]
         x = self._through(self.future_layers, x, context, known)
         latents: Tensor = self.to_latent(x[:, :, 0])
@@ -222,7 +287,7 @@ class TrajectoryVqVae(nn.Module):
         sampled = latents.ndim == 5
         x = latents.permute(1, 2, 0, 3, 4) if sampled else latents[:, :, None]
         x = self._through(self.decoder_layers, self.embed_codes(x), context, known)
-        out: Tensor = self.to_displacement(x) * self.config.scale
+        out: Tensor = context.common(self.to_displacement(x) * self.config.scale)
         return out.permute(2, 0, 1, 3, 4) if sampled else out[:, :, 0]
 
     def decode_indices(self, indices: Tensor, context: Context) -> Tensor:
@@ -246,21 +311,21 @@ class TrajectoryVqVae(nn.Module):
             weight: of the commitment and codebook terms.
         """
         context = self.encode_context(scenes, strength)
-        known = scenes.future_mask & context.present[..., None]
-        counted = known & scenes.target_mask[..., None]
+        count = context.present.shape[1]
+        known = scenes.future_mask[:, :count] & context.present[..., None]
         latents = self.encode_future(scenes, context)
         quantised = self.quantise(latents, context)
         reconstruction = self.decode(quantised.latents, context, known)
-        truth = scenes.future - context.anchor[:, :, None]
-        distance = (reconstruction - truth).masked_fill(~counted[..., None], 0).norm(dim=-1)
-        ade = masked_mean(distance, counted)
-        commitment, codebook = codebook_terms(latents, quantised.codes, counted)
+        truth = scenes.future[:, :count] - context.anchor[:, :, None]
+        distance = (reconstruction - truth).masked_fill(~known[..., None], 0).norm(dim=-1)
+        ade = masked_mean(distance, known)
+        commitment, codebook = codebook_terms(latents, quantised.codes, known)
         losses = {
             "reconstruction": ade / self.config.scale,
             "commitment": weight * self.config.commitment * commitment,
             "codebook": weight * codebook,
         }
-        counts = code_counts(quantised.indices, self.config.num_codes, counted)
+        counts = code_counts(quantised.indices, self.config.num_codes, known)
         return VqVaeOutput(losses, reconstruction, quantised.indices, counts, ade.detach())
 
     @torch.no_grad()
@@ -271,12 +336,78 @@ class TrajectoryVqVae(nn.Module):
         return self.quantiser.indices(latents, context.codebook), context
 
 
+class Reconstruction(NamedTuple):
+    """What the codes keep of true futures.
+
+    Attributes:
+        ade, fde: mean distance over all steps and at the last one, in the units of the data.
+        perplexity: of the codes that were used.
+    """
+
+    ade: float
+    fde: float
+    perplexity: float
+
+
+@torch.no_grad()
+def reconstruction(
+    network: TrajectoryVqVae, scenes: Scenes, strength: float = 1.0, *, batch_size: int = 128
+) -> Reconstruction:
+    """Encode and decode the true futures of all targets; whoever has no full future counts in ``ade`` alone.
+
+    Args:
+        network: in eval mode.
+        scenes: on any device; they are brought to the network's.
+        strength: of the instance part of the codebook.
+        batch_size: scenes at a time.
+    """
+    device = next(network.parameters()).device
+    ade = fde = steps = ends = 0.0
+    uses = torch.zeros(network.config.num_codes, dtype=torch.float64)
+    for batch in scenes.batches(batch_size):
+        moved = batch.to(device)
+        found = network(moved, strength)
+        count = found.indices.shape[1]
+        known = (moved.future_mask & moved.past_mask.any(dim=-1)[..., None] & moved.target_mask[..., None])[:, :count]
+        last = known[..., -1]
+        anchor = last_seen(moved.past, moved.past_mask & moved.agent_mask[..., None])[:, :count]
+        missed = (found.reconstruction[:, :, -1] + anchor - moved.future[:, :count, -1])[last].norm(dim=-1)
+        ade, steps = ade + float(found.ade) * int(known.sum()), steps + int(known.sum())
+        fde, ends = fde + float(missed.sum()), ends + int(last.sum())
+        uses += found.counts.cpu()
+    share = uses / uses.sum().clamp(min=1)
+    perplexity = float(torch.exp(-torch.special.xlogy(share, share).sum()))
+    return Reconstruction(ade / max(1.0, steps), fde / max(1.0, ends), perplexity)
+
+
+def num_forecast(target_mask: Tensor) -> int:
+    """How many of the agents [S, A] have to be looked at to forecast all targets; at least one."""
+    if being_exported():
+        return target_mask.shape[1]
+    columns = target_mask.any(dim=0).nonzero()
+    return int(columns.max()) + 1 if len(columns) else 1
+
+
 def last_seen(values: Tensor, seen: Tensor) -> Tensor:
     """Values [S, A, 2] at the last step that was seen, out of [S, A, T, 2]; zeros if there is none."""
     steps = torch.arange(1, seen.shape[-1] + 1, device=seen.device)
     last = (seen * steps).max(dim=-1).values
     row = (last - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, values.shape[-1])
     return values.gather(2, row)[:, :, 0].masked_fill((last == 0)[..., None], 0)
+
+
+def heading_frame(velocity: Tensor) -> Tensor:
+    """Rotations [S, A, 2, 2] that turn each agent's way to the positive x axis; who does not move keeps the axes.
+
+    The way is a mean of the observed moves [S, A, T, 2] in which each counts half of the one after it, so that one
+    shaky last step does not turn a whole future.
+    """
+    age = torch.arange(velocity.shape[2] - 1, -1, -1, device=velocity.device)
+    way = (velocity * (0.5**age)[:, None]).sum(dim=2)
+    length = way.norm(dim=-1, keepdim=True)
+    axis = torch.tensor([1.0, 0.0], device=way.device, dtype=way.dtype)
+    unit = torch.where(length > STANDING, way / length.clamp_min(STANDING), axis)
+    return torch.stack([unit, torch.stack([-unit[..., 1], unit[..., 0]], dim=-1)], dim=-2)
 
 
 def steps_between(position: Tensor, seen: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def write_forecast(
     """Write a forecast.
 
     csv has a row per forecast, agent and step; ndjson is TrajNet++ with ``prediction_number`` (and a probability, which
-    other readers skip); npz holds the arrays; JSON is nested by agent.
+    other readers skip); npz holds the arrays; JSON is nested by agent. npz and JSON hold the radii of a calibrated
+    forecast too.
 
     Args:
         path: the file, see :func:`write_tracks`.
@@ -84,6 +85,7 @@ def write_forecast(
             "unit": np.array(forecast.unit),
             "hz": np.array(forecast.hz),
             "joint": np.array(forecast.joint),
+            **{name: np.array(values) for name, values in _radii(forecast).items()},
         }
         _write_bytes(path, lambda stream: np.savez_compressed(stream, **arrays))
         return
@@ -229,8 +231,13 @@ def _forecast_json(forecast: Forecast, values: Any, shares: Any, frames: list[in
         }
         for index, name in enumerate(forecast.agents)
     }
-    facts = {"unit": forecast.unit, "hz": forecast.hz, "joint": forecast.joint, "frames": frames, "agents": agents}
-    yield json.dumps(facts) + "\n"
+    facts = {"unit": forecast.unit, "hz": forecast.hz, "joint": forecast.joint, "frames": frames}
+    yield json.dumps({**facts, **_radii(forecast), "agents": agents}) + "\n"
+
+
+def _radii(forecast: Forecast) -> dict[str, list[float]]:
+    """Per step, how near to a forecast the truth is with the probability in the name, if that is known."""
+    return {name: forecast.extra[name] for name in ("radius_50", "radius_90") if name in forecast.extra}
 
 
 @contextmanager

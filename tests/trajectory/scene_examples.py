@@ -67,10 +67,11 @@ def _changed(scenes: Scenes, change: Any) -> Scenes:
     return replace(scenes, **per_agent)
 
 
-def context_of(scenes: Scenes, seed: int = 0) -> Context:
+def context_of(scenes: Scenes, seed: int = 0, **options: Any) -> Context:
     """What an untrained small stage 1 knows of the scenes."""
     torch.manual_seed(seed)
-    config = VqVaeConfig(width=32, heads=4, hidden=48, rank=4, num_codes=NUM_CODES, dropout=0.0)
+    sizes = {"width": 32, "heads": 4, "hidden": 48, "rank": 4, "num_codes": NUM_CODES, "dropout": 0.0}
+    config = VqVaeConfig(**sizes, **options)
     with torch.no_grad():
         return TrajectoryVqVae(config).eval().encode_context(scenes).detach()
 

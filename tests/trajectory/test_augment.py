@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from neurocl.errors import UserError
-from neurocl.trajectory.augment import augmented, centres, dropped, jittered, reflected, rotated, shortened
+from neurocl.trajectory.augment import augmented, centres, cropped, dropped, jittered, reflected, rotated, shortened
 from neurocl.trajectory.crowd import simulate
 from neurocl.trajectory.scenes import Scenes
 from neurocl.trajectory.windows import cut
+from tests.trajectory.scene_examples import walks
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,23 @@ def test_everything_together_follows_the_generator_and_leaves_the_input(scenes: 
 def test_values_out_of_range_are_mistakes(scenes: Scenes, options: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(options))} must be"):
         augmented(scenes, seeded(), **options)
+
+
+def test_full_scenes_are_cut_to_a_target_and_those_around_it() -> None:
+    scenes = walks(40, 9)
+    targets = scenes.target_mask.clone()
+    targets[:, 4:] = False
+    scenes = replace(scenes, target_mask=targets)
+    few = cropped(scenes, 3, torch.Generator().manual_seed(0))
+    assert few.num_agents == 3
+    assert bool(few.target_mask.any(dim=1).all())
+    assert bool((few.target_mask.int().diff(dim=1) <= 0).all())  # targets first
+    place = scenes.past[:, :, -1]
+    for row in range(len(scenes)):
+        kept = few.agent_id[row]
+        torch.testing.assert_close(few.future[row], scenes.future[row, kept])
+        # One of the kept targets has no other agent nearer to it than those that were kept.
+        apart = torch.cdist(place[row], place[row])
+        nearest = apart.argsort(dim=1)[:, :3].sort(dim=1).values
+        assert any(torch.equal(nearest[agent], kept) for agent in kept if targets[row, agent])
+    assert cropped(scenes, 9, torch.Generator()) is scenes

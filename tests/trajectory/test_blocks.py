@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from neurocl.trajectory.blocks import (
+    NUM_RELATIONS,
     AdaptiveNorm,
     Attention,
     GeometryEncoder,
@@ -20,6 +21,7 @@ from neurocl.trajectory.blocks import (
     relations,
     sinusoidal_positions,
 )
+from neurocl.trajectory.vqvae import heading_frame
 
 
 def plain_attention(
@@ -119,9 +121,48 @@ def test_geometry_is_a_bias_on_the_scores_and_a_value_per_pair() -> None:
 def test_relations_are_seen_from_the_first_agent_and_do_not_move_with_the_scene() -> None:
     position, velocity = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     related = relations(position, velocity)
-    torch.testing.assert_close(related[0, 0, 1], torch.tensor([3.0, 4.0, 5.0, -1.0, 0.0, 3 / 5.001]))
+    torch.testing.assert_close(related[0, 0, 1], torch.tensor([3.0, 4.0, 5.0, -1.0, 0.0, 3 / 5.001, 0.0, 0.0, 1.0]))
     torch.testing.assert_close(related[0, 1, 0, :2], torch.tensor([-3.0, -4.0]))
     torch.testing.assert_close(relations(position + 7, velocity), related)
+
+
+def test_an_agent_looks_at_itself_and_those_nearest_to_it_who_are_there() -> None:
+    position = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [2.5, 0.0], [9.0, 0.0], [0.1, 0.0]]])
+    present = torch.tensor([[True, True, True, True, False]])
+    looks = relations(position, torch.zeros_like(position), present=present, neighbours=2)[0, ..., -1]
+    expected = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1.0]])
+    assert torch.equal(looks[:4, :4], expected)
+    assert not bool(looks[:4, 4].any())
+
+
+def test_whom_one_does_not_look_at_does_not_matter() -> None:
+    torch.manual_seed(0)
+    layer = SceneLayer(16, 4, 32, 0.0, geometry=True)
+    position, velocity = 3 * torch.randn(2, 6, 2), torch.randn(2, 6, 2)
+    related = relations(position, velocity, neighbours=3)
+    x = torch.randn(2, 6, 1, 4, 16)
+    memory = layer.prepare(torch.zeros(2, 6, 1, 16), None, related)
+    plain = layer(x, memory=memory)
+    for row in range(2):
+        unseen = int((related[row, 0, :, -1] == 0).nonzero()[0])
+        other = x.clone()
+        other[row, unseen] += 1
+        changed = layer(other, memory=memory)
+        torch.testing.assert_close(changed[row, 0], plain[row, 0], rtol=0, atol=0)
+        assert not torch.allclose(changed[row, unseen], plain[row, unseen])
+
+
+def test_relations_in_the_agents_own_axes_do_not_turn_with_the_scene() -> None:
+    position, velocity = torch.randn(2, 5, 2), torch.randn(2, 5, 2)
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+    first = relations(position, velocity, heading_frame(velocity[:, :, None]))
+    turned = velocity @ turn.mT
+    second = relations(position @ turn.mT, turned, heading_frame(turned[:, :, None]))
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    # Of itself an agent sees that it goes along its own x axis.
+    own = first.diagonal(dim1=1, dim2=2)[:, 6:8]
+    torch.testing.assert_close(own[:, 0], velocity.norm(dim=-1))
+    torch.testing.assert_close(own[:, 1], torch.zeros(2, 5), rtol=0, atol=1e-6)
 
 
 def layer_options() -> list[dict[str, bool]]:
@@ -193,7 +234,7 @@ def test_masked_steps_and_agents_give_no_nan_and_no_gradient_trouble() -> None:
     layer = SceneLayer(16, 4, 32, 0.0, cross=True, geometry=True)
     x, past = torch.randn(2, 3, 1, 6, 16, requires_grad=True), torch.randn(2, 3, 4, 16)
     nothing = torch.zeros(2, 3, 6, dtype=torch.bool)
-    memory = layer.prepare(past, nothing[..., :4], torch.randn(2, 3, 3, 6))
+    memory = layer.prepare(past, nothing[..., :4], torch.randn(2, 3, 3, NUM_RELATIONS + 1))
     out = layer(x, time_mask=nothing, agent_mask=nothing, memory=memory)
     out.sum().backward()
     assert torch.isfinite(out).all()

@@ -51,7 +51,7 @@ def test_targets_are_brought_to_unit_spread_per_step() -> None:
 def test_a_continuous_prior_learns_where_agents_go(process: Any) -> None:
     torch.manual_seed(0)
     scenes = walks(12, 3)
-    context = context_of(scenes)
+    context = context_of(scenes, heading=False)
     target = scenes.future - scenes.past[:, :, -1:]
     prior = ContinuousPrior(trunk(), 2, process)
     prior.fit_statistics(target, scenes.target_mask)

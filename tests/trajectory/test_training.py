@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from neurocl.errors import Interrupted, UserError
-from neurocl.trajectory.config import augment_of, resolve, scale_of
+from neurocl.runs import RunFolder
+from neurocl.trajectory.config import budget, completed, resolve
 from neurocl.trajectory.forecaster import Forecaster, SamplingConfig
-from neurocl.trajectory.training import load_split, resume, train
+from neurocl.trajectory.training import Trainer, load_split, resume, train
 
 SMALL = {
     "model": {"width": 16, "heads": 2, "hidden": 16, "num_codes": 8, "rank": 2},
@@ -166,7 +167,38 @@ def test_wrong_keys_and_presets_are_named():
         resolve("small", {"stage3": {}})
 
 
-def test_data_sets_have_their_scales_and_augmentation():
-    assert scale_of(resolve("small", {"dataset": "sdd"})) == 50.0
-    assert augment_of(resolve("small", {"dataset": "nba"})).rotation == 0
-    assert augment_of(resolve("small", {"dataset": "eth-ucy:eth"})).rotation == 360
+def test_what_is_left_open_is_taken_from_the_data_set():
+    sdd = completed(resolve("small", {"dataset": "sdd"}))
+    assert sdd.scale == 50.0
+    assert sdd.augment is not None
+    assert sdd.augment.rotation == 360
+    nba = completed(resolve("small", {"dataset": "nba"}))
+    assert nba.augment is not None
+    assert nba.augment.rotation == 0
+    assert nba.model == {"absolute": True, "heading": False, "neighbours": 0}
+    assert completed(nba) == nba
+
+
+def test_what_is_asked_for_is_kept():
+    asked = {"dataset": "nba", "scale": 2.0, "max_agents": 3, "model": {"heading": True}, "stage1": {"steps": 7}}
+    config = completed(resolve("small", asked))
+    assert (config.scale, config.max_agents) == (2.0, 3)
+    assert config.model == {"absolute": True, "heading": True, "neighbours": 0}
+    assert budget(config.stage1)[::2] == (7, 2)
+    faithful = completed(resolve("small", {"dataset": "nba", "faithful": True}))
+    assert faithful.model == {}
+    with pytest.raises(ValueError, match="not completed"):
+        budget(resolve("small").stage1)
+
+
+def test_an_epoch_holds_every_scene_once_and_batches_of_like_scenes(tmp_path):
+    config = resolve("tiny", {"stage1": {"steps": 2, "batch_size": 16}, "stage2": {"steps": 1}, "max_agents": 6})
+    folder = RunFolder.create(tmp_path / "run", stem="x")
+    trainer = Trainer(config, folder)
+    batches = trainer._epoch(0, 16)
+    assert len(batches.unique()) == batches.numel() == len(trainer.train_scenes) // 16 * 16
+    assert torch.equal(batches, trainer._epoch(0, 16))
+    assert not torch.equal(batches, trainer._epoch(1, 16))
+    spread = trainer.targets[batches].double().std(dim=1).mean()
+    assert spread < 0.3 * trainer.targets.double().std()
+    assert trainer._batch(torch.Generator().manual_seed(0)).num_agents <= 6

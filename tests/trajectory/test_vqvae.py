@@ -11,14 +11,22 @@ import torch
 from neurocl.config import validate
 from neurocl.errors import UserError
 from neurocl.trajectory.scenes import Scenes
-from neurocl.trajectory.vqvae import Context, TrajectoryVqVae, VqVaeConfig, last_seen, steps_between
+from neurocl.trajectory.vqvae import (
+    Context,
+    TrajectoryVqVae,
+    VqVaeConfig,
+    heading_frame,
+    last_seen,
+    reconstruction,
+    steps_between,
+)
 from tests.trajectory.scene_examples import padded, permuted, walks
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "faithful": {"num_codes": 16, "decoder_cross_attention": False, "geometry": False},
+    "faithful": {"num_codes": 16, "decoder_cross_attention": False, "geometry": False, "heading": False},
     "static": {"rank": 0},
-    "sports": {"absolute": True, "layers": 2},
+    "sports": {"absolute": True, "heading": False, "layers": 2},
 }
 
 
@@ -101,6 +109,54 @@ def test_moving_a_scene_moves_its_forecast_unless_the_field_matters(name: str, m
     first, second = network.encode_context(scenes), network.encode_context(moved)
     torch.testing.assert_close(second.anchor, first.anchor + shift)
     assert torch.allclose(first.codebook, second.codebook, atol=1e-4) == moves
+
+
+@pytest.mark.parametrize(("name", "turns"), [("default", True), ("faithful", False), ("sports", False)])
+def test_turning_a_scene_turns_its_reconstruction_unless_axes_matter(name: str, turns: bool) -> None:
+    network, scenes = model(**VARIANTS[name]).eval(), walks()
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+    turned = replace(scenes, past=scenes.past @ turn.mT, future=scenes.future @ turn.mT)
+    first, second = network(scenes), network(turned)
+    assert torch.equal(first.indices, second.indices) == turns
+    if turns:
+        torch.testing.assert_close(first.reconstruction @ turn.mT, second.reconstruction, rtol=1e-3, atol=1e-4)
+
+
+def test_an_agent_has_the_heading_of_its_last_moves() -> None:
+    moves = torch.tensor(
+        [[[[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]], [[0.0, 0.0]] * 3, [[9.0, 0.0], [0.0, 0.0], [0.0, 9.0]]]]
+    )
+    frame = heading_frame(moves)
+    torch.testing.assert_close(frame[0, 0], torch.tensor([[0.6, 0.8], [-0.8, 0.6]]))
+    torch.testing.assert_close(frame[0, 1], torch.eye(2))
+    torch.testing.assert_close(frame[0, 2, 0], torch.tensor([1.0, 4.0]) / 17**0.5)
+    torch.testing.assert_close(frame @ frame.mT, torch.eye(2).expand_as(frame))
+
+
+def test_reconstruction_is_the_mean_over_all_agents_however_they_are_batched() -> None:
+    network, scenes = model().eval(), with_gaps(walks(7))
+    whole = network(scenes)
+    known = scenes.future_mask & scenes.target_mask[..., None]
+    missed = (whole.reconstruction + last_seen(scenes.past, scenes.past_mask)[:, :, None] - scenes.future).norm(dim=-1)
+    for size in (2, 7):
+        found = reconstruction(network, scenes, batch_size=size)
+        assert found.ade == pytest.approx(float(missed[known].mean()), rel=1e-5)
+        assert found.fde == pytest.approx(float(missed[..., -1][known[..., -1]].mean()), rel=1e-5)
+        share = whole.indices[known].bincount(minlength=64).double() / known.sum()
+        assert found.perplexity == pytest.approx(float(torch.exp(torch.special.entr(share).sum())), rel=1e-9)
+
+
+def test_only_targets_are_forecast_and_the_others_are_seen() -> None:
+    network, scenes = model().eval(), walks()
+    targets = scenes.target_mask.clone()
+    targets[:, 2:] = False
+    few = replace(scenes, target_mask=targets)
+    output = network(few)
+    assert output.reconstruction.shape[1] == 2
+    unknown = replace(few, future=few.future.index_fill(1, torch.tensor([2, 3]), torch.nan))
+    torch.testing.assert_close(network(unknown).reconstruction, output.reconstruction)
+    elsewhere = replace(few, past=few.past + torch.tensor([0.0, 0.0, 5.0, 5.0])[:, None, None])
+    assert not torch.allclose(network(elsewhere).reconstruction, output.reconstruction)
 
 
 def test_the_faithful_model_does_not_see_where_agents_stand_to_each_other() -> None:
