@@ -11,7 +11,16 @@ from pathlib import Path
 
 from neurocl.devices import cpu_name, versions
 
-BENCHMARKS = ("start_up", "soft_dtw", "lif", "staer_step", "merging_linear_algebra", "merging_files")
+BENCHMARKS = (
+    "start_up",
+    "soft_dtw",
+    "lif",
+    "staer_step",
+    "merging_linear_algebra",
+    "merging_files",
+    "trajectory_memory",
+    "trajectory_forecast",
+)
 # Peers and neurocl alike are measured with an allocator that keeps freed memory, as a neurocl run sets it.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 
