@@ -14,6 +14,7 @@ from neurocl.cli import (
     continual,
     data,
     doctor,
+    federated,
     merging,
     merging_about,
     merging_suite,
@@ -68,6 +69,7 @@ app.add_typer(merging.app, name="merging", rich_help_panel="Areas")
 trajectory.app.command()(trajectory_plot.plot)
 trajectory.app.command()(trajectory_export.export)
 app.add_typer(trajectory.app, name="trajectory", rich_help_panel="Areas")
+app.add_typer(federated.app, name="federated", rich_help_panel="Areas")
 app.add_typer(data.app, name="data", rich_help_panel="Data and results")
 app.command("report", rich_help_panel="Data and results")(report.report)
 app.command("reproduce", rich_help_panel="Data and results")(reproduce.reproduce)

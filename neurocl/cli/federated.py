@@ -1,0 +1,283 @@
+"""``neurocl federated``: run a method over clients that keep their data, compare methods, list them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from neurocl.cli.options import JsonOption, QuietOption
+from neurocl.errors import UserError
+
+app = typer.Typer(
+    help="Learn from clients that keep their data.\n\n"
+    "[bold]neurocl federated run[/bold] lets five clients learn three tasks of real digits together, in this process, "
+    "in about a minute; [bold]neurocl federated compare[/bold] puts several methods beside each other.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+DatasetOption = Annotated[str | None, typer.Option(help="See `neurocl federated methods`.", show_default="digits")]
+ClientsOption = Annotated[int | None, typer.Option(min=1, help="Number of clients.", show_default="5")]
+BetaOption = Annotated[
+    float | None, typer.Option(help="Of the Dirichlet split; less is more uneven.", show_default="0.5")
+]
+RoundsOption = Annotated[int | None, typer.Option(min=1, help="Of messages, per task.", show_default="3")]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Of a client, per round.", show_default="3")]
+LrOption = Annotated[float | None, typer.Option(help="Learning rate of the clients.", show_default="by method")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=0, help="Processes that run clients; 0 for this one.", show_default="0")
+]
+ConfigOption = Annotated[Path | None, typer.Option(help="YAML file with any keys.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any key: options.rank=4, partition.kind=quantity ...", show_default=False),
+]
+DataOption = Annotated[
+    Path | None, typer.Option(help="Folder with data sets.", envvar="NEUROCL_DATA", show_default="the user's cache")
+]
+SmokeOption = Annotated[bool, typer.Option("--smoke", help="The whole path in seconds, on little data.")]
+
+# Without options: minutes at most, and enough to see forgetting.
+DEMO: dict[str, Any] = {
+    "classes_per_task": [4, 3, 3],
+    "partition": {"num_clients": 5, "beta": 0.5},
+    "rounds": 3,
+    "local_epochs": 3,
+}
+SMOKE: dict[str, Any] = {"partition": {"num_clients": 2}, "rounds": 1, "local_epochs": 1}
+COMPARED = "fedavg,lora,lorm,hgp,fedcof"
+
+
+@app.command()
+def run(
+    method: Annotated[str | None, typer.Option(help="See `neurocl federated methods`.", show_default="fedavg")] = None,
+    dataset: DatasetOption = None,
+    clients: ClientsOption = None,
+    beta: BetaOption = None,
+    rounds: RoundsOption = None,
+    local_epochs: EpochsOption = None,
+    lr: LrOption = None,
+    workers: WorkersOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.", show_default="0")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/...")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run.", show_default=False)] = None,
+    smoke: SmokeOption = False,
+    data_dir: DataOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run one method: tasks one after the other, rounds of messages in each. Saved after every round."""
+    from neurocl.federated.driver import resume_federated, run_federated
+
+    say = None if quiet else _Progress()
+    if resume is not None:
+        result, path = resume_federated(resume, say=say), resume
+    else:
+        flags = _flags(dataset, clients, beta, rounds, local_epochs, lr, workers, data_dir)
+        own = {key: value for key, value in (("method", method), ("seed", seed)) if value is not None}
+        result, path = run_federated(_config(config, {**flags, **own}, assignments, smoke), out=out, say=say)
+    if as_json:
+        typer.echo(json.dumps({"run": str(path), **{key: result[key] for key in ("metrics", "bytes", "failures")}}))
+        return
+    _print_accuracies(result)
+    if result["failures"]:
+        told = ", ".join(f"{count} {kind}" for kind, count in sorted(result["failures"].items()))
+        typer.echo(f"Replies that were lost: {told}; see metrics.jsonl")
+    typer.echo(f"Run: {path}")
+    typer.echo("Put other methods beside it: neurocl federated compare")
+
+
+@app.command()
+def compare(
+    methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = COMPARED,
+    seeds: Annotated[str, typer.Option(help="0,1,2, or how many.")] = "1",
+    dataset: DatasetOption = None,
+    clients: ClientsOption = None,
+    beta: BetaOption = None,
+    rounds: RoundsOption = None,
+    local_epochs: EpochsOption = None,
+    lr: LrOption = None,
+    workers: WorkersOption = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of all runs; finished ones are kept.", show_default="runs/...")
+    ] = None,
+    smoke: SmokeOption = False,
+    form: Annotated[str, typer.Option("--format", help="table, md, csv or json.")] = "table",
+    data_dir: DataOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Run several methods over the same clients and seeds, and print them beside each other: accuracy against bytes."""
+    from neurocl.config import merged
+    from neurocl.federated.comparison import compare as measure
+
+    if form not in FORMATS:
+        raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
+    flags = _flags(dataset, clients, beta, rounds, local_epochs, lr, workers, data_dir)
+    configs = [
+        _config(config, merged(flags, {"method": name.strip(), "seed": seed}), assignments, smoke)
+        for name in methods.split(",")
+        for seed in _seeds(seeds)
+    ]
+    found = measure(configs, out=out, say=None if quiet else _Progress())
+    rows = []
+    for name, results in found.items():
+        final = [result["metrics"]["class-il"]["final_average_accuracy"] for result in results]
+        forgotten = [result["metrics"]["class-il"]["forgetting"] for result in results]
+        up = statistics.fmean(result["bytes"]["up"] for result in results) / 1e6
+        down = statistics.fmean(result["bytes"]["down"] for result in results) / 1e6
+        seconds = statistics.fmean(result["seconds"] for result in results)
+        rows.append([name, _spread(final), _spread(forgotten), f"{up:.2f}", f"{down:.2f}", f"{seconds:.1f}"])
+    _print_rows(["method", "accuracy %", "forgetting", "MB up", "MB down", "seconds"], rows, form)
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """The federated methods and the problems they can be run on."""
+    from neurocl.federated.catalog import FEDERATED, PROBLEMS
+
+    tables = {"methods": FEDERATED.entries(), "data sets": PROBLEMS.entries()}
+    if as_json:
+        document = {kind: {entry.name: entry.summary for entry in entries} for kind, entries in tables.items()}
+        typer.echo(json.dumps(document, indent=1))
+        return
+    for kind, entries in tables.items():
+        typer.echo(kind)
+        _print_rows(["", ""], [[f"  {entry.name}", entry.summary] for entry in entries], "table")
+
+
+FORMATS = ("table", "md", "csv", "json")
+
+
+def _flags(
+    dataset: str | None,
+    clients: int | None,
+    beta: float | None,
+    rounds: int | None,
+    local_epochs: int | None,
+    lr: float | None,
+    workers: int | None,
+    data_dir: Path | None,
+) -> dict[str, Any]:
+    """Options that were given, as configuration keys."""
+    given = {
+        "dataset": dataset,
+        "rounds": rounds,
+        "local_epochs": local_epochs,
+        "lr": lr,
+        "workers": workers,
+        "data_dir": data_dir,
+    }
+    partition = {"num_clients": clients, "beta": beta}
+    found: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    own = {key: value for key, value in partition.items() if value is not None}
+    return {**found, "partition": own} if own else found
+
+
+def _config(file: Path | None, flags: dict[str, Any], assignments: list[str] | None, smoke: bool) -> Any:
+    """The configuration: the demonstration's, the file, the options, ``--set``, the later ones winning.
+
+    Raises:
+        UserError: an unknown key or a wrong value.
+    """
+    from neurocl.config import merged, parse_overrides, read_yaml, validate
+    from neurocl.federated.config import FederatedConfig
+
+    layers: list[dict[str, Any]] = []
+    own = read_yaml(file) if file else {}
+    if not own:
+        demo = dict(DEMO)
+        if flags.get("dataset", "digits") != "digits":
+            del demo["classes_per_task"]
+        layers.append(demo)
+    layers += [own, SMOKE if smoke else {}, flags, parse_overrides(assignments or [])]
+    return validate(FederatedConfig, merged(*layers), source="federated")
+
+
+def _seeds(text: str) -> list[int]:
+    """``0,1,2`` or a number of seeds.
+
+    Raises:
+        UserError: anything else.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds must be numbers such as 0,1,2, or how many, got {text!r}") from None
+    found = numbers if "," in text else list(range(numbers[0]))
+    if not found or min(found) < 0:
+        raise UserError(f"--seeds must be numbers such as 0,1,2, or how many, got {text!r}")
+    return found
+
+
+class _Progress:
+    """A line on stderr for every task, and a running one for rounds on a terminal."""
+
+    def __init__(self) -> None:
+        import sys
+
+        self._live = sys.stderr.isatty()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if record["event"] == "task":
+            if self._live:
+                typer.echo("\r\033[K", err=True, nl=False)
+            typer.echo(f"task {record['task'] + 1}: {record['average']:.2f} % over the classes seen so far", err=True)
+        elif record["event"] == "run":
+            typer.echo(record["text"], err=True)
+        elif self._live:
+            text = f"task {record['task'] + 1}, {record['phase']} {record['round'] + 1}, {record['seconds']:.1f} s"
+            typer.echo(f"\r\033[K{text}", err=True, nl=False)
+
+
+def _print_accuracies(result: dict[str, Any]) -> None:
+    matrix = result["accuracy"]["class-il"]
+    header = ["after task", *(f"task {index + 1}" for index in range(len(matrix)))]
+    rows = [
+        [str(after + 1), *(f"{value:.1f}" if index <= after else "" for index, value in enumerate(row))]
+        for after, row in enumerate(matrix)
+    ]
+    _print_rows(header, rows, "table")
+    found = result["metrics"]["class-il"]
+    typer.echo(
+        f"final average accuracy {found['final_average_accuracy']:.2f} %, forgetting {found['forgetting']:.2f}, "
+        f"{result['bytes']['up'] / 1e6:.2f} MB up, {result['bytes']['down'] / 1e6:.2f} MB down, "
+        f"{result['seconds']:.1f} s"
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def _print_rows(header: Sequence[str], rows: Sequence[Sequence[str]], form: str) -> None:
+    if form == "json":
+        typer.echo(json.dumps([dict(zip(header, row, strict=True)) for row in rows], indent=1))
+    elif form == "csv":
+        import csv
+        import sys
+
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+    elif form == "md":
+        typer.echo("| " + " | ".join(header) + " |\n|---|" + "---:|" * (len(header) - 1))
+        for row in rows:
+            typer.echo("| " + " | ".join(row) + " |")
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, show_header=any(header))
+        for index, column in enumerate(header):
+            table.add_column(column, justify="left" if index == 0 or not column else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console(highlight=False).print(table)

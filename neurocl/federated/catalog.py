@@ -1,0 +1,70 @@
+"""The registries of federated methods and of the problems they are run on; a name costs nothing until it is used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from neurocl.registry import Entry, Registry
+
+if TYPE_CHECKING:
+    from neurocl.federated.config import FederatedConfig
+    from neurocl.federated.method import FederatedMethod
+    from neurocl.federated.problem import Problem
+
+FEDERATED = Registry(
+    "aggregators",
+    [
+        Entry("fedavg", "neurocl.federated.fedavg:FedAvg", "average the clients' weights", ("federated",)),
+        Entry("lora", "neurocl.federated.lora:Lora", "average both factors of LoRA separately", ("federated",)),
+        Entry("ffa-lora", "neurocl.federated.lora:FfaLora", "LoRA with A frozen and shared", ("federated",)),
+        Entry("lorm", "neurocl.federated.lorm:Lorm", "closed-form merging of LoRA factors", ("federated",)),
+        Entry("livar", "neurocl.federated.livar:Livar", "layer importance and variance weights", ("federated",)),
+        Entry("fedcof", "neurocl.federated.fedcof:FedCof", "covariances out of class means", ("federated",)),
+        Entry("fed3r", "neurocl.federated.fed3r:Fed3r", "ridge regression on a frozen backbone", ("federated",)),
+        Entry("fedncm", "neurocl.federated.fedncm:FedNcm", "nearest class mean of a frozen backbone", ("federated",)),
+        Entry("ccvr", "neurocl.federated.ccvr:Ccvr", "head re-trained on draws of the task", ("federated",)),
+        Entry("hgp", "neurocl.federated.hgp:Hgp", "prompts, and a head re-trained on all classes", ("federated",)),
+        Entry("prompt", "neurocl.federated.hgp:Prompt", "average prompts and head, frozen backbone", ("federated",)),
+        Entry("fedproto", "neurocl.federated.fedproto:FedProto", "pull class means to prototypes", ("federated",)),
+    ],
+)
+
+PROBLEMS = Registry(
+    "federated problems",
+    [
+        Entry("digits", "neurocl.federated.digits:digits", "scikit-learn's digits, embedded", ("federated",)),
+        *(
+            Entry(name, "neurocl.federated.pictures:pictures", f"{told}, behind a frozen encoder", ("federated",))
+            for name, told in (
+                ("cifar10", "CIFAR-10, 300 pictures a class"),
+                ("eurosat", "EuroSAT, 320 satellite pictures a class"),
+                ("tiny-imagenet-100", "a hundred classes of Tiny-ImageNet, 100 pictures a class"),
+            )
+        ),
+    ],
+)
+
+
+def problem_for(config: FederatedConfig) -> Problem:
+    """The problem of a configuration.
+
+    Raises:
+        UserError: no such data set, data that are not there, or tasks or a partition that do not fit.
+    """
+    from neurocl.federated.problem import Problem
+
+    return Problem(config, PROBLEMS.load(config.dataset)(config))
+
+
+def method_for(problem: Problem) -> FederatedMethod:
+    """The method of a problem's configuration, with its options.
+
+    Raises:
+        UserError: no such method, or an unknown or wrong option.
+    """
+    from neurocl.config import validate
+
+    config = problem.config
+    kind: type[FederatedMethod] = FEDERATED.load(config.method)
+    options = validate(kind.Config, config.options, source=f"options of {config.method}")
+    return kind(problem, options)

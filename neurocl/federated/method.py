@@ -1,0 +1,220 @@
+"""The contract of a federated method: pure functions of states and messages, run by any runtime.
+
+For every task the driver goes through the method's phases, and in every round of a phase through ``message`` (server),
+``client`` (each client, on its own data) and ``aggregate`` (server). A state, a message and a reply are all a
+:class:`~neurocl.federated.payload.Payload`, named arrays and plain values, so they can be stored and sent; nothing
+else survives a call. Replies come sorted by client, and aggregation is a function of the state and the replies alone:
+that is what makes runs resumable and all runtimes equal.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from neurocl.config import Config
+from neurocl.errors import UserError
+from neurocl.federated.payload import Payload
+from neurocl.federated.randomness import stream, torch_stream
+
+Store = dict[str, NDArray[Any]]
+Predictor = Callable[[Tensor], Tensor]
+
+
+class MethodConfig(Config):
+    """Hyper-parameters of a method without any."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of the stream.
+
+    Attributes:
+        index: from 0.
+        classes: consecutive class numbers.
+    """
+
+    index: int
+    classes: range
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a task in which the server and its clients exchange ``rounds`` messages.
+
+    Attributes:
+        name: what the method calls it.
+        rounds: how many.
+        train: clients train; else they only measure, and everybody takes part whatever the participation.
+    """
+
+    name: str
+    rounds: int = 1
+    train: bool = True
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is: task, phase, round."""
+
+    task: Task
+    phase: Phase
+    round: int
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """For random streams and stored replies."""
+        return self.phase.name, self.task.index, self.round
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures, tokens or features with labels, ready for the network: x float32 [N, ...], y int64 [N]."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Client:
+    """What a client's code may use.
+
+    Attributes:
+        number: from 0.
+        data: its training samples of the current task.
+        seed: of the run.
+        store: arrays that it keeps between rounds; what it puts in is kept only if its reply arrives.
+        device: where to compute.
+    """
+
+    number: int
+    data: Samples
+    seed: int
+    store: Store = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def generator(self, place: Place, label: str = "") -> torch.Generator:
+        """Random numbers of this client at this place, the same in every runtime."""
+        phase, task, number = place.key
+        return torch_stream(self.seed, f"client {phase} {label}", task, number, self.number)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client sent back."""
+
+    client: int
+    payload: Payload
+
+
+class FederatedMethod(ABC):
+    """Base class. Hyper-parameters are ``Config``; an instance keeps no state between calls.
+
+    Args:
+        problem: what everybody knows before the beginning, see :mod:`neurocl.federated.problem`.
+        config: an instance of ``Config``.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    #: the server needs nothing of the clients but sums, so secure summation is possible
+    sum_only: ClassVar[bool] = False
+    #: what the server learns of a client, one sentence for the documentation
+    reveals: ClassVar[str]
+
+    def __init__(self, problem: Any, config: MethodConfig) -> None:
+        self.problem = problem
+        self.config = config
+
+    def phases(self, task: Task) -> Sequence[Phase]:
+        """The phases of a task, in order."""
+        return (Phase("round", self.problem.config.rounds),)
+
+    @abstractmethod
+    def initial_state(self) -> Payload:
+        """The server before the first task."""
+
+    def begin_task(self, state: Payload, task: Task) -> Payload:
+        """The server when a task begins."""
+        return state
+
+    @abstractmethod
+    def message(self, state: Payload, place: Place) -> Payload:
+        """What the server sends to every client."""
+
+    @abstractmethod
+    def client(self, client: Client, place: Place, message: Payload) -> Payload:
+        """What a client answers; meta ``n`` is the number of samples that stand behind it."""
+
+    @abstractmethod
+    def aggregate(self, state: Payload, place: Place, replies: Sequence[Reply]) -> Payload:
+        """The server after the replies, at least one, sorted by client."""
+
+    def objection(self, state: Payload, place: Place, reply: Payload) -> str:
+        """Why a reply cannot be aggregated, or nothing: by default arrays named like the state's must have its shapes.
+
+        Whatever a client sends, ``aggregate`` must not fail: methods whose replies hold more check more.
+        """
+        for name, array in reply.arrays.items():
+            if name in state.arrays and array.shape != state.arrays[name].shape:
+                return f"{name} has shape {list(array.shape)}, expected {list(state.arrays[name].shape)}"
+        missing = [name for name in self.expected(state, place) if name not in reply.arrays]
+        return f"{missing[0]} is missing" if missing else ""
+
+    def expected(self, state: Payload, place: Place) -> Sequence[str]:
+        """Names of arrays without which a reply is of no use."""
+        return ()
+
+    def end_task(self, state: Payload, task: Task) -> Payload:
+        """The server when a task is over."""
+        return state
+
+    @abstractmethod
+    def predictor(self, state: Payload, task: Task) -> Predictor:
+        """The server's model: from samples [B, ...] to scores of all classes [B, C]."""
+
+    def forget(self, state: Payload, client: int) -> Payload:
+        """The server without everything it knows of a client, exactly.
+
+        Raises:
+            UserError: the method cannot do that.
+        """
+        raise UserError(f"{type(self).__name__} keeps only sums over clients and cannot take one out exactly")
+
+    def server_generator(self, place: Place, label: str = "") -> torch.Generator:
+        """Random numbers of the server at this place."""
+        phase, task, number = place.key
+        return torch_stream(self.problem.config.seed, f"server {phase} {label}", task, number)
+
+    def server_rng(self, label: str, *numbers: int) -> np.random.Generator:
+        """Random numbers of the server."""
+        return stream(self.problem.config.seed, f"server {label}", *numbers)
+
+
+def shares(replies: Sequence[Reply]) -> NDArray[np.float64]:
+    """Share of the samples behind each reply, [K]; equal ones if nobody has any."""
+    counts = np.array([float(reply.payload.meta["n"]) for reply in replies])  # type: ignore[arg-type]
+    total = counts.sum()
+    return counts / total if total > 0 else np.full(len(counts), 1 / len(counts))
+
+
+def weighted_sum(arrays: Sequence[NDArray[Any]], weights: Sequence[float] | NDArray[np.float64]) -> NDArray[Any]:
+    """sum_k w_k x_k in float64, in the order given; the dtype of the first array."""
+    total = np.zeros(arrays[0].shape, dtype=np.float64)
+    for array, weight in zip(arrays, weights, strict=True):
+        total += np.multiply(array, float(weight), dtype=np.float64)
+    return total.astype(arrays[0].dtype)
+
+
+def mean_arrays(replies: Sequence[Reply], names: Sequence[str], weights: NDArray[np.float64]) -> Store:
+    """The weighted mean over replies of the named arrays."""
+    return {name: weighted_sum([reply.payload.arrays[name] for reply in replies], weights) for name in names}
