@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from neurocl import continual, data, merging, spiking, trajectory
+from neurocl import continual, data, federated, merging, spiking, trajectory
 from neurocl.continual import METHODS
 from neurocl.merging.recipe import ModelEntry
 from neurocl.merging.suite import SuiteConfig
@@ -159,6 +159,7 @@ def test_the_configuration_page_names_every_key():
     training = (spiking.SpikingTrainConfig, spiking.NeuronConfig, continual.OptimizerConfig)
     models = (*training, merging.Recipe, ModelEntry, merging.ParameterRules, SuiteConfig)
     models += (trajectory.TrajectoryConfig, StageConfig, AugmentConfig)
+    models += (federated.FederatedConfig, federated.PartitionConfig)
     keys = {name for model in models for name in model.model_fields}
     assert not {key for key in keys if f"`{key}`" not in page}
 
@@ -172,7 +173,7 @@ def test_the_run_folder_page_names_every_key_of_a_result():
 
 
 def test_the_reference_pages_show_every_public_name():
-    for module in (spiking, continual, data, merging, trajectory):
+    for module in (spiking, continual, data, federated, merging, trajectory):
         name = module.__name__
         page = (ROOT / "docs" / "reference" / f"{name.rpartition('.')[2]}.md").read_text(encoding="utf-8")
         assert not {public for public in module.__all__ if public not in page}, name

@@ -193,6 +193,7 @@ def forecast(
     from neurocl.trajectory.forecaster import Forecaster, SamplingConfig
     from neurocl.trajectory.plots import animate_forecast, draw_forecast
     from neurocl.trajectory.readers import read_recordings
+    from neurocl.trajectory.scenes import KINDS
     from neurocl.trajectory.writers import write_forecast
 
     if stream == (source is not None):
@@ -223,10 +224,12 @@ def forecast(
     past = scenes.past[0].masked_fill(~scenes.past_mask[0, :, :, None], float("nan"))
     if out is not None:
         write_forecast(out, found)
+    kinds = [KINDS[int(kind)] for kind in scenes.kind[0, :here]]
     if plot is not None:
-        draw_forecast(found, past[:here], plot, neighbours=past[here:], title=recordings[recording].name)
+        title = recordings[recording].name
+        draw_forecast(found, past[:here], plot, neighbours=past[here:], kinds=kinds, title=title)
     if animate is not None:
-        animate_forecast(found, past[:here], animate, neighbours=past[here:])
+        animate_forecast(found, past[:here], animate, neighbours=past[here:], kinds=kinds)
     ends = found.trajectories[:, :, -1]
     rows: list[dict[str, Any]] = []
     for index, agent in enumerate(found.agents):

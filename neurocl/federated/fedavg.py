@@ -143,7 +143,7 @@ class FedAvg(FederatedMethod):
 
         def predict(x: torch.Tensor) -> torch.Tensor:
             with evaluating(network):
-                found: torch.Tensor = network(x)
+                found: torch.Tensor = network(x.to(self.problem.config.device))
             return found
 
         return predict

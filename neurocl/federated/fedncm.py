@@ -85,8 +85,8 @@ def unseen_rows(num_classes: int, num_features: int) -> Tensor:
 
 def normalised_rows(weight: Tensor) -> Tensor:
     """Rows of length one; zeros stay."""
-    length = weight.norm(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-    return weight / length
+    found: Tensor = weight / weight.norm(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
+    return found
 
 
 def cosine_predictor(network: Classifier, weight: Tensor) -> Predictor:

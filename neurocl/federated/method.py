@@ -160,13 +160,15 @@ class FederatedMethod(ABC):
         """The server after the replies, at least one, sorted by client."""
 
     def objection(self, state: Payload, place: Place, reply: Payload) -> str:
-        """Why a reply cannot be aggregated, or nothing: by default arrays named like the state's must have its shapes.
+        """Why a reply cannot be aggregated, or nothing: by default arrays named like the state's must look like them.
 
         Whatever a client sends, ``aggregate`` must not fail: methods whose replies hold more check more.
         """
         for name, array in reply.arrays.items():
             if name in state.arrays and array.shape != state.arrays[name].shape:
                 return f"{name} has shape {list(array.shape)}, expected {list(state.arrays[name].shape)}"
+            if name in state.arrays and array.dtype != state.arrays[name].dtype:
+                return f"{name} is {array.dtype}, expected {state.arrays[name].dtype}"
         missing = [name for name in self.expected(state, place) if name not in reply.arrays]
         return f"{missing[0]} is missing" if missing else ""
 

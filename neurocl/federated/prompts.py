@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neurocl.backbones.vit import Attention, Block, VisionTransformer
+from neurocl.backbones.vit import Attention, VisionTransformer
 from neurocl.errors import UserError
 from neurocl.federated.network import Classifier
 
@@ -43,10 +43,9 @@ class PrefixAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         heads = self.attention.heads
-        queries, keys, values = (
-            self.attention.qkv(x).view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        )
-        extra = self.prompt.view(2, -1, heads, width // heads).transpose(1, 2)  # [2, h, L / 2, D / h]
+        qkv = self.attention.qkv(x).view(batch, tokens, 3, heads, width // heads)
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
+        extra = self.prompt.view(2, len(self.prompt) // 2, heads, width // heads).transpose(1, 2)
         extra_keys, extra_values = extra.unsqueeze(1).expand(-1, batch, -1, -1, -1)
         mixed = F.scaled_dot_product_attention(
             queries, torch.cat([extra_keys, keys], dim=2), torch.cat([extra_values, values], dim=2)
@@ -121,6 +120,7 @@ def with_prompts(
         raise UserError(f"prompts for {count} blocks, the transformer has {len(transformer.blocks)}")
     size = (200 if large else 8) if length is None else length
     for block in transformer.blocks[:count]:
-        assert isinstance(block, Block) and isinstance(block.attn, Attention)
-        block.attn = PrefixAttention(block.attn, initial_prompt(size, width, init, generator))
+        attention = block.get_submodule("attn")
+        assert isinstance(attention, Attention)
+        block.register_module("attn", PrefixAttention(attention, initial_prompt(size, width, init, generator)))
     return [name for name, _ in network.named_parameters() if name.endswith(".attn.prompt")]

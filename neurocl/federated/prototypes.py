@@ -267,8 +267,14 @@ class Prototypes(FedAvg):
     )
 
     def initial_state(self) -> Payload:
-        state = super().initial_state()
-        return Payload({**state.arrays, **ClassTable.empty(self._size, self._spread).store(KEPT)})
+        arrays = super().initial_state().arrays
+        weight = arrays[HEAD_WEIGHT]
+        if not weight.any():
+            # The gradient of normalised logits grows as the head shrinks: from zeros it leaps to where it stays.
+            bound = weight.shape[1] ** -0.5
+            drawn = self.server_rng("head", 0).uniform(-bound, bound, weight.shape)
+            arrays = arrays | {HEAD_WEIGHT: drawn.astype(weight.dtype)}
+        return Payload({**arrays, **ClassTable.empty(self._size, self._spread).store(KEPT)})
 
     @property
     def _size(self) -> int:

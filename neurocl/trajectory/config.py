@@ -137,7 +137,7 @@ class Suited:
         batch_size: scenes in a step.
         max_agents: of a training scene.
         steps: of both stages.
-        model: of the default model, not of the faithful one.
+        model, trunk: of the default model, not of the faithful one.
     """
 
     scale: float = 1.0
@@ -146,10 +146,16 @@ class Suited:
     max_agents: int = 12
     steps: tuple[int, int] = (4000, 5000)
     model: dict[str, Any] = dataclass_field(default_factory=dict)
+    trunk: dict[str, Any] = dataclass_field(default_factory=dict)
 
 
+# A second layer of the prior is worth its time where there are few agents; matches have to be forecast within a second.
+DEEPER = {"layers": 2, "context_layers": 2}
 COURT, FIELD = (28.0, 28.0 * 50 / 94), (120 * 0.9144, 53.3 * 0.9144)  # metres, as the readers convert them
 ON_FIELD = {"absolute": True, "heading": False, "neighbours": 0}
+
+
+WALKS = Suited(trunk=DEEPER)
 
 
 def _sport(scale: float, field: tuple[float, float], agents: int, batch_size: int) -> Suited:
@@ -158,8 +164,8 @@ def _sport(scale: float, field: tuple[float, float], agents: int, batch_size: in
 
 
 SUITED = {
-    "crowd": Suited(batch_size=16, steps=(1500, 2000)),
-    "sdd": Suited(scale=50.0, batch_size=128, max_agents=6, model={"neighbours": 4}),
+    "crowd": Suited(batch_size=16, steps=(1500, 3500), trunk=DEEPER),
+    "sdd": Suited(scale=50.0, batch_size=128, max_agents=6, model={"neighbours": 6}, trunk=DEEPER),
     "nba": _sport(5.0, COURT, 11, 16),
     "nba:rebound": _sport(15.0, (94.0, 50.0), 11, 16),
     "nfl": _sport(25.0, FIELD, 23, 8),
@@ -179,12 +185,13 @@ def resolve(preset: str = "small", *layers: dict[str, Any]) -> TrajectoryConfig:
 
 def completed(config: TrajectoryConfig) -> TrajectoryConfig:
     """The configuration with everything filled in that was left to the data set; complete ones stay as they are."""
-    suited = Suited() if config.files else SUITED.get(config.dataset, Suited())
+    suited = WALKS if config.files else SUITED.get(config.dataset, WALKS)
     values: dict[str, Any] = {
         "augment": config.augment or suited.augment,
         "max_agents": config.max_agents or suited.max_agents,
         "scale": config.scale or suited.scale,
         "model": config.model if config.faithful else {**suited.model, **config.model},
+        "trunk": config.trunk if config.faithful else {**suited.trunk, **config.trunk},
     }
     for name, usual in zip(("stage1", "stage2"), suited.steps, strict=True):
         own: StageConfig = getattr(config, name)

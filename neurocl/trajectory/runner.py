@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 SCHEMA = 1
 TINY = 1e-30
+CHOICE_TEMPERATURE = 4.5
 NUM_TIMES = 1000  # of the flow: time 0 is clean, time 1000 is noise
 
 Array = NDArray[Any]
@@ -68,7 +70,8 @@ class Runner:
         target_mask: Array | None = None,
         *,
         num_samples: int = 20,
-        steps: int = 10,
+        steps: int = 5,
+        sampler: str = "unmask",
         seed: int = 0,
         noise: Array | None = None,
     ) -> Array:
@@ -83,12 +86,13 @@ class Runner:
             kind: int [S, A], places in ``manifest["kinds"]``; None takes the first.
             target_mask: bool [S, A], whom to forecast; None for everybody.
             num_samples: N.
-            steps: of the sampler; more cost time and forecast a little better.
+            steps: of the sampler; more cost time and forecast a little better. An autoregressive prior has none.
+            sampler: of the diffusion, ``unmask`` or ``posterior``.
             seed: of numpy's generator, if there is no ``noise``.
             noise: all random numbers, of the shape :meth:`noise_shape`; see :meth:`noise`.
 
         Raises:
-            ValueError: shapes that do not fit the model, or more steps than there are.
+            ValueError: shapes that do not fit the model, no such sampler, or steps it cannot take.
         """
         num_observed = self.manifest["num_observed"]
         if past.ndim != 4 or past.shape[2:] != (num_observed, 2):
@@ -104,14 +108,14 @@ class Runner:
             "target_mask": targets[:, :count],
         }
         known = self._graphs["context"](inputs)
-        shape = self.noise_shape(num_samples, len(past), count, steps)
+        shape = self.noise_shape(num_samples, len(past), count, steps, sampler)
         if noise is None:
             noise = self.noise(shape, seed)
         if noise.shape != shape:
             raise ValueError(f"noise must be {list(shape)}, got {list(noise.shape)}")
         noise = noise.astype(np.float32)
         if self.manifest["prior"] == "diffusion":
-            known["codes"] = self._diffuse(known, noise, steps)
+            known["codes"] = (self._unmask if sampler == "unmask" else self._diffuse)(known, noise)
         elif self.manifest["prior"] == "autoregressive":
             known["codes"] = self._write(known, noise)
         else:
@@ -123,16 +127,27 @@ class Runner:
         )
         return positions
 
-    def noise_shape(self, num_samples: int, num_scenes: int, num_forecast: int, steps: int) -> tuple[int, ...]:
+    def noise_shape(
+        self, num_samples: int, num_scenes: int, num_forecast: int, steps: int, sampler: str = "unmask"
+    ) -> tuple[int, ...]:
         """How many random numbers a forecast takes.
 
-        ``diffusion``: [steps, 3, N, S, F, T_p]; ``autoregressive``: [T_p, N, S, F]; ``flow``: [N, S, F, T_p, D].
+        ``diffusion``: [steps, 2 to unmask or 3 for the posterior, N, S, F, T_p]; ``autoregressive``: [T_p, N, S, F];
+        ``flow``: [N, S, F, T_p, D].
+
+        Raises:
+            ValueError: no such sampler, or steps it cannot take.
         """
+        if sampler not in ("unmask", "posterior"):
+            raise ValueError(f"sampler must be unmask or posterior, got {sampler!r}")
         agents, length = (num_samples, num_scenes, num_forecast), self.manifest["num_predicted"]
-        if self.manifest["prior"] == "diffusion":
-            return (steps, 3, *agents, length)
         if self.manifest["prior"] == "autoregressive":
             return (length, *agents)
+        most = self.manifest["diffusion"]["num_steps"] if self.manifest["prior"] == "diffusion" else NUM_TIMES
+        if not 1 <= steps <= most:
+            raise ValueError(f"steps must be between 1 and {most}, got {steps}")
+        if self.manifest["prior"] == "diffusion":
+            return (steps, 2 if sampler == "unmask" else 3, *agents, length)
         return (*agents, length, self.manifest["latent_size"])
 
     def noise(self, shape: tuple[int, ...], seed: int) -> Array:
@@ -142,25 +157,46 @@ class Runner:
             return generator.standard_normal(shape, np.float32)
         return generator.random(shape, np.float32)
 
-    def _diffuse(self, known: dict[str, Array], noise: Array, steps: int) -> Array:
-        """Codes [N, S, F, T_p] by the posterior of the diffusion, in strides from all masked to clean."""
-        num_codes = self.manifest["num_codes"]
-        keep, mask = (np.array(self.manifest["diffusion"][name]) for name in ("keep", "mask"))
-        times = self._times(steps)
+    def _unmask(self, known: dict[str, Array], noise: Array) -> Array:
+        """Codes [N, S, F, T_p]: fill in the masked ones the network is surest of, fewer at first, and never look back.
+
+        ``noise`` [steps, 2, N, S, F, T_p] draws codes, and shakes how sure the network is, less with every step.
+        """
+        num_codes, steps, length = self.manifest["num_codes"], len(noise), noise.shape[-1]
+        mask = np.array(self.manifest["diffusion"]["mask"])[1:]
         codes = np.full(noise.shape[2:], num_codes, np.int64)
-        for index, (now, then) in enumerate(zip(times, [*times[1:], -1], strict=True)):
+        for index in range(steps):
+            masked = codes == num_codes
+            # The time at which this many tokens are masked.
+            share = np.float32(masked.sum()) / np.float32(masked.size)
+            t = np.array(np.abs(mask - share).argmin(), np.int64)
             # At first all samples are alike, and the network sees one of them.
+            seen = codes[:1] if index == 0 else codes
+            p = softmax(self._graphs["denoiser"]({**known, "codes": seen, "t": t})["logits"])
+            edges = np.broadcast_to(p.cumsum(axis=-1), (*codes.shape, num_codes))
+            drawn = row_of(edges, noise[index, 0] * edges[..., -1])
+            sure = np.take_along_axis(np.broadcast_to(p, edges.shape), drawn[..., None], axis=-1)[..., 0]
+            gumbel = -np.log(-np.log(np.clip(noise[index, 1], TINY, np.float32(1 - 1e-7))))
+            left_over = 1 - (index + 1) / steps
+            sure = np.log(np.maximum(sure, TINY)) + np.float32(CHOICE_TEMPERATURE * left_over) * gumbel
+            still = np.float32(length) * np.float32(math.cos(math.pi / 2 * (index + 1) / steps))
+            still = np.floor(still) if index < steps - 1 else np.float32(0)
+            rank = np.where(masked, sure, np.inf).argsort(axis=-1).argsort(axis=-1)
+            codes = np.where(masked & (rank >= still), drawn, codes)
+        return codes
+
+    def _diffuse(self, known: dict[str, Array], noise: Array) -> Array:
+        """Codes [N, S, F, T_p] by the posterior of the diffusion, in strides from all masked to clean."""
+        num_codes, steps = self.manifest["num_codes"], len(noise)
+        keep, mask = (np.array(self.manifest["diffusion"][name]) for name in ("keep", "mask"))
+        last = self.manifest["diffusion"]["num_steps"] - 1
+        times = [round(last * (1 - index / max(1, steps - 1))) for index in range(steps)]
+        codes = np.full(noise.shape[2:], num_codes, np.int64)
+        for index, (now, then) in enumerate(pairwise([*times, -1])):
             seen = codes[:1] if index == 0 else codes
             logits = self._graphs["denoiser"]({**known, "codes": seen, "t": np.array(now, np.int64)})["logits"]
             codes = draw_earlier(codes, softmax(logits), now, then, noise[index], keep, mask)
         return codes
-
-    def _times(self, steps: int) -> list[int]:
-        """Times from T - 1 down to 0, evenly spaced."""
-        last = self.manifest["diffusion"]["num_steps"] - 1
-        if not 1 <= steps <= last + 1:
-            raise ValueError(f"steps must be between 1 and {last + 1}, got {steps}")
-        return [round(last * (1 - index / max(1, steps - 1))) for index in range(steps)]
 
     def _write(self, known: dict[str, Array], noise: Array) -> Array:
         """Codes [N, S, F, T_p] one after the other; what the network says of a code depends on earlier ones only."""
@@ -174,8 +210,6 @@ class Runner:
 
     def _flow(self, known: dict[str, Array], noise: Array, steps: int) -> Array:
         """Latents [N, S, F, T_p, D] along straight lines from noise, in Euler steps."""
-        if not 1 <= steps <= NUM_TIMES:
-            raise ValueError(f"steps must be between 1 and {NUM_TIMES}, got {steps}")
         levels = [np.float32(1 - index / steps) for index in range(steps + 1)]
         latents = noise
         for now, then in pairwise(levels):

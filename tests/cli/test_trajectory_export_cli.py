@@ -37,6 +37,7 @@ def test_torchscript_goes_beside_the_run_and_forecasts(inside, run):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_onnx_goes_where_it_is_told_to_and_says_so_in_json(inside, run, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"needs {package}: pip install 'neurocl[export]'")
