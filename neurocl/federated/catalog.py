@@ -26,6 +26,16 @@ FEDERATED = Registry(
         Entry("hgp", "neurocl.federated.hgp:Hgp", "prompts, and a head re-trained on all classes", ("federated",)),
         Entry("prompt", "neurocl.federated.hgp:Prompt", "average prompts and head, frozen backbone", ("federated",)),
         Entry("fedproto", "neurocl.federated.fedproto:FedProto", "pull class means to prototypes", ("federated",)),
+        Entry("dolfin", "neurocl.federated.dolfin:Dolfin", "adapters that avoid earlier tasks", ("federated",)),
+        Entry("fedprox", "neurocl.federated.fedprox:FedProx", "pull clients to the server's weights", ("federated",)),
+        Entry("scaffold", "neurocl.federated.scaffold:Scaffold", "control variates for plain SGD", ("federated",)),
+        Entry("fisheravg", "neurocl.federated.fisheravg:FisherAvg", "average by Fisher information", ("federated",)),
+        Entry("regmean", "neurocl.federated.fed_regmean:FedRegMean", "match layers' responses", ("federated",)),
+        Entry("ties", "neurocl.federated.fed_ties:FedTies", "trim changes, elect signs, average", ("federated",)),
+        Entry("fedsum", "neurocl.federated.fedsum:FedSum", "add up the clients' changes", ("federated",)),
+        Entry("median", "neurocl.federated.robust:Median", "median of every weight", ("federated",)),
+        Entry("trimmed-mean", "neurocl.federated.robust:TrimmedMean", "mean without the extremes", ("federated",)),
+        Entry("krum", "neurocl.federated.robust:Krum", "the reply nearest to its neighbours", ("federated",)),
     ],
 )
 

@@ -92,10 +92,12 @@ class ClassTable:
         classes, inverse = np.unique(self.classes, return_inverse=True)
         counts = np.zeros(len(classes), dtype=np.int64)
         np.add.at(counts, inverse, self.counts)
-        sums = np.zeros((len(classes), self.means.shape[1]))
-        np.add.at(sums, inverse, self.counts[:, None] * self.means.astype(np.float64))
+        kind = self.means.dtype
+        sums = np.zeros((len(classes), self.means.shape[1]), dtype=kind)
+        np.add.at(sums, inverse, self.counts[:, None].astype(kind) * self.means)
         owners = np.full(len(classes), NOBODY, dtype=np.int64)
-        return ClassTable(owners, classes, counts, sums / counts[:, None], np.zeros((len(classes), 0)))
+        none = np.zeros((len(classes), 0), dtype=kind)
+        return ClassTable(owners, classes, counts, sums / counts[:, None].astype(kind), none)
 
     def float64(self) -> tuple[Tensor, Tensor]:
         """Counts [M] and means [M, d] for mathematics."""

@@ -174,7 +174,8 @@ class Dolfin(AdapterMethod):
         if not self.config.sketch:
             return gram
         values, vectors = torch.linalg.eigh(gram)
-        return (vectors * values.clamp(min=0).sqrt())[:, -self.config.sketch :].T
+        rows: Tensor = (vectors * values.clamp(min=0).sqrt())[:, -self.config.sketch :].T
+        return rows
 
     def wanted(self, state: Payload, place: Place) -> dict[str, Form]:
         layers = layers_of(state)

@@ -54,8 +54,7 @@ class FedRegMean(FedAvg):
 
     def reply(self, network: Classifier, client: Client, place: Place, message: Payload) -> Payload:
         answer = super().reply(network, client, place, message)
-        linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-        layers = [layer for layer in layers_of(answer) if layer in linear]
+        layers = self.linear_layers(message)
         diagonal = [] if self.config.alpha else layers
         grams = input_grams(network, layers, client.data, diagonal=diagonal, device=client.device)
         if self.config.alpha:
@@ -67,7 +66,8 @@ class FedRegMean(FedAvg):
         """The trained linear layers, head included, sorted."""
         network = self.network()
         linear = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-        return [layer for layer in layers_of(state) if layer in linear]
+        weights = [name.removesuffix(WEIGHT) for name in state.arrays if name.endswith(WEIGHT)]
+        return [layer for layer in weights if layer in linear]
 
     def wanted(self, state: Payload) -> dict[str, Form]:
         """Shape and type of every array that a reply must have."""
@@ -97,8 +97,3 @@ class FedRegMean(FedAvg):
             grams = torch.stack([own[GRAM + layer].double() for own in each])
             merged[name] = (base + regmean_weights(changes, grams, unseen="zero")).float()
         return Payload({**averaged.arrays, **arrays_of(merged)}, state.meta)
-
-
-def layers_of(payload: Payload) -> list[str]:
-    """Names of everything that has a weight."""
-    return [name.removesuffix(WEIGHT) for name in payload.arrays if name.endswith(WEIGHT)]

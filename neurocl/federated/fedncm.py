@@ -74,7 +74,7 @@ class FedNcm(FederatedMethod):
     def predictor(self, state: Payload, task: Task) -> Predictor:
         table = ClassTable.kept(state.arrays, KEPT).pooled()
         weight = unseen_rows(self.problem.num_classes, table.means.shape[1])
-        weight[torch.from_numpy(table.classes)] = normalised_rows(torch.from_numpy(table.means))
+        weight[torch.from_numpy(table.classes)] = normalised_rows(torch.from_numpy(table.means).double())
         return cosine_predictor(self.problem.network(), weight)
 
 

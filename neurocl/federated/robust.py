@@ -124,9 +124,8 @@ class Krum(FedAvg):
         super().__init__(problem, config)
         needed = 2 * self.config.attackers + 3
         if problem.num_clients < needed:
-            raise UserError(
-                f"krum with {self.config.attackers} attackers needs at least {needed} clients, got {problem.num_clients}"
-            )
+            asked = f"krum with {self.config.attackers} attackers needs at least {needed} clients"
+            raise UserError(f"{asked}, got {problem.num_clients}")
 
     def aggregate(self, state: Payload, place: Place, replies: Sequence[Reply]) -> Payload:
         names = self.expected(state, place)

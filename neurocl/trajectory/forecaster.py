@@ -38,8 +38,8 @@ class SamplingConfig(Config):
     Attributes:
         num_samples: N drawn; None takes 10 per forecast when they are clustered, K when they are not.
         steps: of the sampler.
-        sampler: of the diffusion prior: ``unmask``, which fills in the codes it is surest of first, or the ``posterior``
-            of the diffusion in strides.
+        sampler: of the diffusion prior: ``unmask``, which fills in the codes it is surest of first, or the
+            ``posterior`` of the diffusion in strides.
         select: ``centroids`` of clusters of samples, their ``medoids``, or plain ``samples``.
         joint: forecasts of whole scenes.
         temperature, top_p: of the draws.

@@ -166,7 +166,8 @@ def test_parts_of_a_class_are_large_enough_and_hold_every_sample_once():
     assert part_means(features, 9, 5, torch.Generator())[0].tolist() == [6, 5]
 
 
-SEPARATION = 1.0
+# The one number that the published set-up leaves open; here the true covariances reach their published 93 per cent.
+SEPARATION = 0.6
 
 
 def synthetic(seed, num_clients, num_classes=20, size=32, per_class=60):
@@ -252,8 +253,7 @@ def test_a_message_holds_four_bytes_for_each_number_of_each_class():
 
 
 def test_nothing_is_sent_down_when_nothing_is_trained():
-    _, method = setup()
-    problem, _ = setup()
+    problem, method = setup()
     assert method.message(method.initial_state(), Place(problem.tasks[0], STATISTICS, 0)).arrays == {}
 
 
@@ -262,7 +262,9 @@ def test_subsets_send_more_means_of_the_same_samples():
     reply, whole = reply_of(problem, method, 0), reply_of(*setup(), 0)
     assert len(reply.meta[CLASSES]) > len(whole.meta[CLASSES])
     assert reply.arrays[COUNTS].sum() == whole.arrays[COUNTS].sum()
-    assert (reply.arrays[COUNTS] >= 2).all() or len(whole.meta[CLASSES]) > 1
+    sizes = dict(zip(whole.meta[CLASSES], whole.arrays[COUNTS], strict=True))
+    for number, count in zip(reply.meta[CLASSES], reply.arrays[COUNTS], strict=True):
+        assert count >= min(2, sizes[number])
     assert method.objection(method.initial_state(), Place(problem.tasks[0], STATISTICS, 0), reply) == ""
 
 
@@ -351,6 +353,6 @@ def test_train_is_decided_by_then():
 
 
 def test_on_digits_more_clients_make_up_for_their_small_shares():
-    few, many = (run(*setup(num_clients=number))[0] for number in (3, 40))
+    few, many = (run(*setup(num_clients=number))[0] for number in (3, 20))
     name = "final_average_accuracy"
     assert many["metrics"]["class-il"][name] > few["metrics"]["class-il"][name]

@@ -253,7 +253,7 @@ def test_radii_come_with_forecasts_of_exactly_the_kind_that_was_measured(run, tm
     found = forecaster.forecast(past, None, 20)
     assert found.extra["radius_90"] == list(forecaster.calibration.radius_90)
     assert found.extra["radius_50"] == list(forecaster.calibration.radius_50)
-    for count, changes in ((19, {}), (20, {"steps": 5}), (20, {"select": "medoids"}), (20, {"num_samples": 100})):
+    for count, changes in ((19, {}), (20, {"steps": 7}), (20, {"select": "medoids"}), (20, {"num_samples": 100})):
         assert "radius_90" not in forecaster.forecast(past, None, count, sampling=SamplingConfig(**changes)).extra
     write_forecast(tmp_path / "f.json", found)
     write_forecast(tmp_path / "f.npz", found)
