@@ -16,7 +16,7 @@ from neurocl.errors import UserError
 app = typer.Typer(
     help="Learn from clients that keep their data.\n\n"
     "[bold]neurocl federated run[/bold] lets five clients learn three tasks of real digits together, in this process, "
-    "in about a minute; [bold]neurocl federated compare[/bold] puts several methods beside each other.",
+    "in seconds; [bold]neurocl federated compare[/bold] puts several methods beside each other.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
