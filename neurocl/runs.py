@@ -264,7 +264,8 @@ class RunFolder:
         except RunError:
             (folder / name).unlink(missing_ok=True)
             raise
-        for old in folder.glob("*tensors-*"):
+        # Older tensors, and what a killed process left half written.
+        for old in (*folder.glob("*tensors-*"), *folder.glob(".state.json.*.tmp")):
             if old.name != name:
                 old.unlink(missing_ok=True)
         return digest

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from neurocl.runs import RunFolder
 from tests.cli.conftest import QUICK, assert_one_line
 
 RUN = ("spiking", "train", "--quiet", "--threads", 1, "--buffer-size", 20, "--set", "checkpoint_seconds=0.05")
@@ -192,3 +194,15 @@ def test_nan_in_the_loss_is_one_line_and_exit_code_1(neurocl, tmp_path):
     result = neurocl("continual", "train", "--quiet", *arguments)
     assert_one_line(result, 1, "the loss is not finite", "learning rate")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
+
+
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next_checkpoint(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", stem="run")
+    folder.save_checkpoint({"a": torch.zeros(2)}, {"step": 1})
+    for name in (".state.json.77.tmp", ".tensors-5.safetensors.tmp", "tensors-5.safetensors"):
+        (folder.path / "checkpoint" / name).write_bytes(b"half")
+    folder.save_checkpoint({"a": torch.ones(2)}, {"step": 2})
+    kept = {path.name for path in (folder.path / "checkpoint").iterdir()}
+    assert len(kept) == 2
+    assert "state.json" in kept
+    assert folder.load_checkpoint().state["step"] == 2
