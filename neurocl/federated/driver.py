@@ -151,12 +151,14 @@ class FederatedRun:
         if replies:
             replies, rejected = self._fitting(place, replies)
             failures += rejected
+            self.stores.discard(failure.client for failure in rejected)
         for failure in failures:
             progress.failures[failure.kind] = progress.failures.get(failure.kind, 0) + 1
         if len(replies) >= config.min_clients:
             self.state = self.method.aggregate(self.state, place, replies)
             progress.lost = 0
         else:
+            self.stores.discard(asked)
             progress.lost += 1
             if progress.lost >= MAX_LOST_ROUNDS:
                 told = "; ".join(f"client {item.client} {item.kind}: {item.text}" for item in failures[:3])

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -109,6 +109,13 @@ class Stores:
                 save_file({name: torch.from_numpy(array.copy()) for name, array in store.items()}, path)
             except OSError as error:
                 raise write_error(path, error) from None
+
+    def discard(self, clients: Iterable[int]) -> None:
+        """These clients' replies do not count, and so neither does what they stored in this round."""
+        for client in clients:
+            self._written.pop(client, None)
+            if self.folder is not None:
+                (self.folder / f"client-{client}.new-{self._step + 1}").unlink(missing_ok=True)
 
     def commit(self) -> None:
         """The round is over and saved: make what was written in it current."""

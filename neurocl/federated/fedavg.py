@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
@@ -79,6 +80,11 @@ class FedAvg(FederatedMethod):
         return state
 
     def expected(self, state: Payload, place: Place) -> Sequence[str]:
+        return self._names
+
+    @cached_property
+    def _names(self) -> list[str]:
+        # Asked for with every reply; the network is not built again each time.
         return self.trained(self.network())
 
     def loss(self, network: Classifier, client: Client, place: Place, message: Payload) -> Loss:

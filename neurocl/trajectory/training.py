@@ -360,13 +360,8 @@ class Trainer:
         self.optimizer.load_state_dict({"state": state, "param_groups": document["param_groups"]})
 
 
-def validation_metrics(forecaster: Forecaster, scenes: Scenes, seed: int) -> dict[str, float]:
-    """minADE and minFDE of twenty samples and of twenty centroids, in the units of the data."""
-    return measured_and_calibrated(forecaster, scenes, seed)[0]
-
-
 def measured_and_calibrated(forecaster: Forecaster, scenes: Scenes, seed: int) -> tuple[dict[str, float], Calibration]:
-    """The numbers of :func:`validation_metrics`, and what the masses of the clusters are worth, from the same draws.
+    """minADE and minFDE of twenty samples and of twenty centroids, and what the clusters' masses are worth.
 
     Args:
         forecaster: trained; its own calibration plays no part.

@@ -186,3 +186,18 @@ def test_the_base_method_is_pure(tmp_path: Path) -> None:
     first = run.method.aggregate(state, place, outcome.replies)
     assert encode(state) == before
     assert encode(run.method.aggregate(state, place, outcome.replies)) == encode(first)
+
+
+def test_what_a_client_stored_counts_only_if_its_reply_did() -> None:
+    run, _ = in_memory(config())
+    for client in (0, 1):
+        run.stores.write(client, {"a": np.array([1])})
+    run.stores.discard([1])
+    run.stores.commit()
+    assert np.array_equal(run.stores.read(0)["a"], [1])
+    assert run.stores.read(1) == {}
+    fault = Fault("shape", client=1, task=0, round=0)
+    livar, _ = in_memory(config(method="livar", rounds=1, classes_per_task=(2,), max_repeats=0), fault)
+    livar.run()
+    assert livar.stores.read(0)
+    assert livar.stores.read(1) == {}

@@ -102,10 +102,10 @@ def test_every_variant_trains_and_forecasts(recording, tmp_path, changes):
 
 
 def test_the_loaded_forecaster_gives_the_measured_numbers_again(recording, run):
-    from neurocl.trajectory.training import validation_metrics
+    from neurocl.trajectory.training import measured_and_calibrated
 
     validation = load_split(config_for(recording), "val")
-    again = validation_metrics(Forecaster.load(run.path), validation, seed=0)
+    again = measured_and_calibrated(Forecaster.load(run.path), validation, seed=0)[0]
     assert again == pytest.approx(run.metrics, rel=1e-6)
 
 
