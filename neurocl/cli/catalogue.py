@@ -13,7 +13,7 @@ from neurocl.cli.options import JsonOption
 from neurocl.errors import UserError
 from neurocl.registry import did_you_mean
 
-GROUPS = ("methods", "merges", "datasets", "backbones", "recipes")
+GROUPS = ("methods", "merges", "federated", "datasets", "backbones", "recipes")
 USED_BY = {"merges": ("weights",)}  # of an entry that does not say, such as a plug-in's
 
 
@@ -41,6 +41,10 @@ def _registry(group: str) -> Any:
         from neurocl.merging.catalog import MERGES
 
         return MERGES
+    if group == "federated":
+        from neurocl.federated.catalog import FEDERATED
+
+        return FEDERATED
     if group == "backbones":
         from neurocl.backbones.catalog import BACKBONES
 
@@ -52,7 +56,8 @@ def _registry(group: str) -> Any:
 
 def list_names(
     group: Annotated[
-        str | None, typer.Argument(help="methods, merges, datasets, backbones or recipes.", show_default="all")
+        str | None,
+        typer.Argument(help="methods, merges, federated, datasets, backbones or recipes.", show_default="all"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -87,6 +92,7 @@ def info(
     describers: dict[str, Callable[[Any], dict[str, Any]]] = {
         "methods": _describe_method,
         "merges": _describe_merge,
+        "federated": _describe_method,
         "datasets": _describe_dataset,
         "backbones": _describe_backbone,
     }
@@ -116,7 +122,9 @@ def _describe_method(entry: Any) -> dict[str, Any]:
         for field_name, field in method.Config.model_fields.items()
     ]
     return {
-        "used by": [f"neurocl {area} train --method {entry.name}" for area in entry.areas],
+        "used by": [
+            f"neurocl {area} {'run' if area == 'federated' else 'train'} --method {entry.name}" for area in entry.areas
+        ],
         "about": _paragraphs(inspect.getdoc(module) or ""),
         "step": _paragraphs((inspect.getdoc(method) or "").partition("\n\nArgs:")[0].partition("\n\nRaises:")[0]),
         "options": options,

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
 
 from neurocl.federated.fedavg import FedAvg, FedAvgConfig
 from neurocl.federated.local_training import input_grams
-from neurocl.federated.lora import Form, form, misfit
+from neurocl.federated.lora import Form, form, misfit, negative_gram
 from neurocl.federated.method import Client, Place, Reply
 from neurocl.federated.network import Classifier
 from neurocl.federated.payload import Payload, arrays_of, tensors
@@ -79,12 +78,7 @@ class FedRegMean(FedAvg):
 
     def objection(self, state: Payload, place: Place, reply: Payload) -> str:
         reason = misfit(reply, self.wanted(state))
-        if reason:
-            return reason
-        for name, array in reply.arrays.items():
-            if name.startswith(GRAM) and (np.diagonal(array) if array.ndim == 2 else array).min(initial=0) < 0:
-                return f"{name} is no Gram matrix: its diagonal has negative entries"
-        return ""
+        return reason or negative_gram(reply, GRAM)
 
     def aggregate(self, state: Payload, place: Place, replies: Sequence[Reply]) -> Payload:
         averaged = super().aggregate(state, place, replies)

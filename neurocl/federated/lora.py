@@ -13,6 +13,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -243,6 +244,14 @@ def form(payload: Payload, name: str) -> Form:
     """Shape and type of an array."""
     array = payload.arrays[name]
     return array.shape, array.dtype.name
+
+
+def negative_gram(reply: Payload, prefix: str) -> str:
+    """Which array whose name begins so cannot be a Gram matrix, or the diagonal of one; or nothing."""
+    for name, array in reply.arrays.items():
+        if name.startswith(prefix) and (np.diagonal(array) if array.ndim == 2 else array).min(initial=0) < 0:
+            return f"{name} is no Gram matrix: its diagonal has negative entries"
+    return ""
 
 
 def misfit(reply: Payload, wanted: Mapping[str, Form]) -> str:

@@ -30,6 +30,7 @@ from neurocl.federated.lora import (
     form,
     layers_of,
     misfit,
+    negative_gram,
     own_names,
 )
 from neurocl.federated.method import Client, Phase, Place, Reply, Samples, Store, Task
@@ -203,12 +204,7 @@ class Lorm(AdapterMethod):
 
     def objection(self, state: Payload, place: Place, reply: Payload) -> str:
         reason = misfit(reply, self.wanted(state, place))
-        if reason:
-            return reason
-        for name, array in reply.arrays.items():
-            if name.startswith(GRAM) and (np.diagonal(array) if array.ndim == 2 else array).min(initial=0) < 0:
-                return f"{name} is no Gram matrix: its diagonal has negative entries"
-        return ""
+        return reason or negative_gram(reply, GRAM)
 
     def aggregate(self, state: Payload, place: Place, replies: Sequence[Reply]) -> Payload:
         grams = summed([tensors(reply.payload, GRAM) for reply in replies])

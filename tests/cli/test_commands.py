@@ -81,7 +81,7 @@ def test_tensorboard_events_are_written_when_asked(neurocl, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.parametrize("group", ["methods", "merges", "datasets", "backbones", "recipes"])
+@pytest.mark.parametrize("group", ["methods", "merges", "federated", "datasets", "backbones", "recipes"])
 def test_everything_listed_can_be_explained(inside, group):
     listed = json.loads(inside("list", group, "--json").stdout)[group]
     assert listed
