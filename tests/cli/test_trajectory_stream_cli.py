@@ -1,5 +1,6 @@
 """``neurocl trajectory forecast --stream``: a live feed through real pipes, an answer before the next line."""
 
+import functools
 import io
 import json
 import os
@@ -43,7 +44,11 @@ class Feed:
         command = [sys.executable, "-m", "neurocl", "trajectory", "forecast", str(run), "--stream", *QUICK, *options]
         pipe = subprocess.PIPE
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+        # Whoever runs the tests in the background of a shell ignores Ctrl-C, and so would the process.
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, preexec_fn=listen
+        )
         # A process that hangs must not hang the tests.
         self.watch = threading.Timer(100, self.process.kill)
         self.watch.start()
