@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 Curves = dict[str, NDArray[np.float64]]
 
 MAX_MATRICES = 12
+KINDS = {"class_il": "Class-IL", "task_il": "Task-IL"}
+
+
+def _kinds(rows: Sequence[Row]) -> dict[str, str]:
+    """Titles of the protocols that some row was measured in; a federation only in one."""
+    return {kind: title for kind, title in KINDS.items() if any(kind in row.documents[0]["accuracy"] for row in rows)}
 
 
 def _matrices(row: Row, kind: str) -> NDArray[np.float64]:
@@ -80,9 +86,12 @@ def figures(rows: Sequence[Row], form: str) -> dict[str, bytes]:
 def _accuracy_figure(rows: Sequence[Row], colors: Sequence[str]) -> Any:
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
-    for axes, kind, title in zip(panels, ("class_il", "task_il"), ("Class-IL", "Task-IL"), strict=True):
+    kinds = _kinds(rows)
+    figure, panels = plt.subplots(1, len(kinds), figsize=(4.75 * len(kinds), 3.8), sharey=True, squeeze=False)
+    for axes, (kind, title) in zip(panels[0], kinds.items(), strict=True):
         for row, color in zip(rows, colors, strict=True):
+            if kind not in row.documents[0]["accuracy"]:
+                continue
             matrices = _matrices(row, kind)
             num_tasks = matrices.shape[2]
             if matrices.shape[1] == 1 < num_tasks:
@@ -93,8 +102,8 @@ def _accuracy_figure(rows: Sequence[Row], colors: Sequence[str]) -> Any:
             axes.set_xticks(range(1, num_tasks + 1))
         axes.set(title=title, xlabel="tasks learnt", ylim=(0, 102))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("mean accuracy on tasks learnt (%)")
-    panels[1].legend(frameon=False, loc="lower left", fontsize="small")
+    panels[0, 0].set_ylabel("mean accuracy on tasks learnt (%)")
+    panels[0, -1].legend(frameon=False, loc="lower left", fontsize="small")
     return figure
 
 
@@ -116,8 +125,9 @@ def _forgetting_figure(rows: Sequence[Row], colors: Sequence[str]) -> Any:
 def _matrix_figure(row: Row) -> Any:
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(8.2, 3.6))
-    for axes, kind, title in zip(panels, ("class_il", "task_il"), ("Class-IL", "Task-IL"), strict=True):
+    kinds = _kinds([row])
+    figure, panels = plt.subplots(1, len(kinds), figsize=(4.1 * len(kinds), 3.6), squeeze=False)
+    for axes, (kind, title) in zip(panels[0], kinds.items(), strict=True):
         matrix = _matrices(row, kind).mean(axis=0)
         shown = np.where(np.tri(*matrix.shape) > 0, matrix, np.nan)
         picture = axes.imshow(shown, vmin=0, vmax=100, cmap="viridis")
@@ -134,7 +144,7 @@ def _matrix_figure(row: Row) -> Any:
             yticklabels=np.arange(matrix.shape[0]) + 1,
         )
         axes.spines[:].set_visible(False)
-    panels[0].set_ylabel("after task")
+    panels[0, 0].set_ylabel("after task")
     figure.suptitle(row.label)
     figure.colorbar(picture, ax=panels, label="%", fraction=0.03)
     return figure

@@ -20,13 +20,15 @@ from neurocl.runs import RunFolder, make_folder, write_atomically
 
 FORMATS = ("table", "csv", "json", "md", "latex", "html")
 
-# column title -> (group, metric) in result.json
+# column title -> (group, metric) in result.json; a column that no run has is left out
 COLUMNS = {
     "class-IL accuracy": ("class_il", "final_average_accuracy"),
     "task-IL accuracy": ("task_il", "final_average_accuracy"),
     "average incremental": ("class_il", "average_incremental_accuracy"),
     "forgetting": ("class_il", "forgetting"),
     "backward transfer": ("class_il", "backward_transfer"),
+    "MB up": ("traffic", "up_mb"),
+    "MB down": ("traffic", "down_mb"),
 }
 RUN_ONLY = ("seed", "threads", "device", "data_dir", "checkpoint_seconds", "keep_memory", "tensorboard")
 
@@ -77,12 +79,25 @@ def read_results(folders: Sequence[RunFolder]) -> tuple[list[dict[str, Any]], li
         if document.get("protocol") == "trajectory":
             raise UserError(f"{folder.path} forecasts trajectories; measure it with: neurocl trajectory evaluate")
         if document.get("metrics"):
-            documents.append({**document, "run": str(folder.path)})
+            documents.append(_with_traffic({**document, "run": str(folder.path)}))
         else:
             notes.append(f"{folder.path} has no result yet; continue it with --resume {folder.path}")
     if not documents:
         raise UserError(notes[0])
     return documents, notes
+
+
+def _with_traffic(document: dict[str, Any]) -> dict[str, Any]:
+    """A federated run's bytes beside its other metrics."""
+    if "bytes" not in document:
+        return document
+    sent = {f"{way}_mb": document["bytes"][way] / 1e6 for way in ("up", "down")}
+    return {**document, "metrics": {**document["metrics"], "traffic": sent}}
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Titles of the columns that some row has a value for."""
+    return [title for title in COLUMNS if any(row.values[title] for row in rows)]
 
 
 def _dataset(document: dict[str, Any]) -> str:
@@ -105,6 +120,7 @@ def group(documents: Sequence[dict[str, Any]]) -> list[Row]:
     settings = [
         {
             **{key: value for key, value in _flat(document["config"]).items() if key not in RUN_ONLY},
+            "area": document["area"],
             "dataset": _dataset(document),
             "tasks learnt": len(document["accuracy"]["class_il"]),
         }
@@ -152,12 +168,14 @@ def print_summary(documents: Sequence[dict[str, Any]], *, stderr: bool = False) 
     console = Console(stderr=stderr, highlight=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("method", overflow="fold")
-    for title in ("runs", *COLUMNS, "s"):
+    rows = group(documents)
+    columns = columns_of(rows)
+    for title in ("runs", *columns, "s"):
         shown = title.replace("average incremental", "avg. incr.")
         table.add_column(shown, justify="right", min_width=max(len(word) for word in shown.split()))
-    for row in group(documents):
+    for row in rows:
         seconds = np.mean([document["seconds"]["total"] for document in row.documents])
-        cells = [row.cell(title, decimals=1 if row.num_runs > 1 else 2) for title in COLUMNS]
+        cells = [row.cell(title, decimals=1 if row.num_runs > 1 else 2) for title in columns]
         table.add_row(escape(row.label), str(row.num_runs), *cells, f"{seconds:.0f}")
     console.print(f"[bold]{escape(_protocol(documents))}[/bold]")
     console.print(table)
@@ -197,7 +215,7 @@ def as_csv(documents: Sequence[dict[str, Any]]) -> str:
     for document in documents:
         settings = {**document["protocol"], **document}
         values = [document["metrics"].get(kind, {}).get(name, "") for kind, name in metrics]
-        writer.writerow([*(settings[name] for name in names), *values, round(document["seconds"]["total"], 2)])
+        writer.writerow([*(settings.get(name, "") for name in names), *values, round(document["seconds"]["total"], 2)])
     return stream.getvalue()
 
 
@@ -220,12 +238,14 @@ def as_json(documents: Sequence[dict[str, Any]]) -> str:
 
 def as_markdown(documents: Sequence[dict[str, Any]]) -> str:
     """A Markdown table."""
+    rows = group(documents)
+    columns = columns_of(rows)
     lines = [
-        "| method | runs | " + " | ".join(COLUMNS) + " |",
-        "| --- | ---: |" + " ---: |" * len(COLUMNS),
+        "| method | runs | " + " | ".join(columns) + " |",
+        "| --- | ---: |" + " ---: |" * len(columns),
     ]
-    for row in group(documents):
-        lines.append(f"| {row.label} | {row.num_runs} | " + " | ".join(row.cell(title) for title in COLUMNS) + " |")
+    for row in rows:
+        lines.append(f"| {row.label} | {row.num_runs} | " + " | ".join(row.cell(title) for title in columns) + " |")
     return f"{_protocol(documents)}\n\n" + "\n".join(lines) + "\n"
 
 
@@ -237,16 +257,18 @@ def as_latex(documents: Sequence[dict[str, Any]]) -> str:
             text = text.replace(symbol, f"\\{symbol}")
         return text
 
+    rows = group(documents)
+    columns = columns_of(rows)
     lines = [
         f"% {_protocol(documents)}",
-        "\\begin{tabular}{lr" + "r" * len(COLUMNS) + "}",
+        "\\begin{tabular}{lr" + "r" * len(columns) + "}",
         "\\toprule",
-        " & ".join(["method", "runs", *COLUMNS]) + " \\\\",
+        " & ".join(["method", "runs", *columns]) + " \\\\",
         "\\midrule",
     ]
-    for row in group(documents):
+    for row in rows:
         cells = [escape(row.label), str(row.num_runs)]
-        for title in COLUMNS:
+        for title in columns:
             text = row.cell(title, r"\pm")
             cells.append(f"${text}$" if text != "-" else "--")
         lines.append(" & ".join(cells) + " \\\\")
@@ -282,12 +304,13 @@ def as_html(documents: Sequence[dict[str, Any]], images: dict[str, bytes]) -> st
     import yaml
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    rows = group(documents)
     shown = [{**d, "config_text": yaml.safe_dump(d["config"], sort_keys=False)} for d in documents]
     return environment.from_string(HTML).render(
         title="neurocl report",
         protocol=_protocol(documents),
-        columns=list(COLUMNS),
-        rows=group(documents),
+        columns=columns_of(rows),
+        rows=rows,
         images=[(name, base64.b64encode(data).decode()) for name, data in images.items()],
         documents=shown,
     )
