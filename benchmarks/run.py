@@ -20,6 +20,8 @@ BENCHMARKS = (
     "merging_files",
     "trajectory_memory",
     "trajectory_forecast",
+    "federated_rounds",
+    "federated_clients",
 )
 # Peers and neurocl alike are measured with an allocator that keeps freed memory, as a neurocl run sets it.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neurocl.cli.options import JsonOption, QuietOption
+from neurocl.cli.options import JsonOption, QuietOption, RunArgument
 from neurocl.errors import UserError
 
 app = typer.Typer(
@@ -66,6 +66,7 @@ def run(
     config: ConfigOption = None,
     assignments: SetOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.", show_default="0")] = None,
+    runtime: Annotated[str, typer.Option(help="local, or flower-sim for Flower's simulation.")] = "local",
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/...")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run.", show_default=False)] = None,
     smoke: SmokeOption = False,
@@ -74,22 +75,52 @@ def run(
     quiet: QuietOption = False,
 ) -> None:
     """Run one method: tasks one after the other, rounds of messages in each. Saved after every round."""
+    if runtime not in RUNTIMES:
+        raise UserError(f"--runtime must be one of {', '.join(RUNTIMES)}, got {runtime!r}")
+    connect: Any = None
+    if runtime == "flower-sim":
+        from neurocl.federated.flower.simulation import check_ray, simulating
+
+        check_ray()
+        connect = simulating
+    own = {key: value for key, value in (("method", method), ("seed", seed)) if value is not None}
+    flags = {**flags_of(dataset, clients, beta, rounds, local_epochs, lr, workers, data_dir), **own}
+    settings = None if resume else config_of(config, flags, assignments, smoke)
+    run_and_print(settings, out, resume, connect, as_json=as_json, quiet=quiet)
+
+
+def run_and_print(
+    config: Any, out: Path | None, resume: Path | None, connect: Any, *, as_json: bool, quiet: bool
+) -> None:
+    """Run a configuration, or go on with a run, and print its tables.
+
+    Args:
+        config: a :class:`~neurocl.federated.config.FederatedConfig`; None with ``resume``.
+        out, resume: run folders.
+        connect: see :func:`~neurocl.federated.driver.run_federated`.
+        as_json, quiet: as on the command line.
+    """
     from neurocl.federated.driver import resume_federated, run_federated
 
     say = None if quiet else _Progress()
     if resume is not None:
-        result, path = resume_federated(resume, say=say), resume
+        result, path = resume_federated(resume, say=say, connect=connect), resume
     else:
-        flags = _flags(dataset, clients, beta, rounds, local_epochs, lr, workers, data_dir)
-        own = {key: value for key, value in (("method", method), ("seed", seed)) if value is not None}
-        result, path = run_federated(_config(config, {**flags, **own}, assignments, smoke), out=out, say=say)
+        result, path = run_federated(config, out=out, say=say, connect=connect)
     if as_json:
-        typer.echo(json.dumps({"run": str(path), **{key: result[key] for key in ("metrics", "bytes", "failures")}}))
+        shown = {key: result[key] for key in ("metrics", "bytes", "failures", "privacy") if key in result}
+        typer.echo(json.dumps({"run": str(path), **shown}))
         return
     _print_accuracies(result)
     if result["failures"]:
         told = ", ".join(f"{count} {kind}" for kind, count in sorted(result["failures"].items()))
         typer.echo(f"Replies that were lost: {told}; see metrics.jsonl")
+    if "privacy" in result:
+        given = result["privacy"]
+        typer.echo(
+            f"privacy of a client: epsilon {given['epsilon']:.2f} at delta {given['delta']:g} after "
+            f"{given['releases']} rounds (noise {given['noise']:g} x {given['clip']:g}, added by the {given['where']})"
+        )
     typer.echo(f"Run: {path}")
     typer.echo("Put other methods beside it: neurocl federated compare")
 
@@ -121,22 +152,75 @@ def compare(
 
     if form not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
-    flags = _flags(dataset, clients, beta, rounds, local_epochs, lr, workers, data_dir)
+    flags = flags_of(dataset, clients, beta, rounds, local_epochs, lr, workers, data_dir)
     configs = [
-        _config(config, merged(flags, {"method": name.strip(), "seed": seed}), assignments, smoke)
+        config_of(config, merged(flags, {"method": name.strip(), "seed": seed}), assignments, smoke)
         for name in methods.split(",")
         for seed in _seeds(seeds)
     ]
     found = measure(configs, out=out, say=None if quiet else _Progress())
     rows = []
     for name, results in found.items():
-        final = [result["metrics"]["class-il"]["final_average_accuracy"] for result in results]
-        forgotten = [result["metrics"]["class-il"]["forgetting"] for result in results]
+        final = [result["metrics"]["class_il"]["final_average_accuracy"] for result in results]
+        forgotten = [result["metrics"]["class_il"]["forgetting"] for result in results]
         up = statistics.fmean(result["bytes"]["up"] for result in results) / 1e6
         down = statistics.fmean(result["bytes"]["down"] for result in results) / 1e6
-        seconds = statistics.fmean(result["seconds"] for result in results)
+        seconds = statistics.fmean(result["seconds"]["total"] for result in results)
         rows.append([name, _spread(final), _spread(forgotten), f"{up:.2f}", f"{down:.2f}", f"{seconds:.1f}"])
     _print_rows(["method", "accuracy %", "forgetting", "MB up", "MB down", "seconds"], rows, form)
+
+
+@app.command()
+def unlearn(
+    run: RunArgument,
+    clients: Annotated[
+        list[int] | None, typer.Option("--client", help="Who leaves; repeat it for several.", show_default=False)
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="negation, global-negation, ledger or exact.", show_default="what suits the method"),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="How much of the vector is subtracted.", show_default="the client's share, 0.1 to 0.5"),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="The largest alpha that keeps 95 % of what the remaining clients get right.")
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(help="That a leaving client trains.", show_default="half of those in the run")
+    ] = None,
+    gold: Annotated[bool, typer.Option("--gold", help="Train again without them, to compare.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="One round of the remaining clients afterwards.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the new run.", show_default="runs/...")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Change the run itself.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Take clients out of a finished run: by task arithmetic (method tangent), or exactly where the method can."""
+    from neurocl.federated.unlearning import MODES
+    from neurocl.federated.unlearning import unlearn as take_out
+
+    if mode is not None and mode not in MODES:
+        raise UserError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
+    report, path = take_out(
+        run,
+        clients or [],
+        mode=mode,
+        alpha=alpha,
+        sweep=sweep,
+        epochs=epochs,
+        gold=gold,
+        repair=repair,
+        out=out,
+        in_place=in_place,
+        say=None if quiet else _Progress(),
+    )
+    if as_json:
+        typer.echo(json.dumps({"run": str(path), **report}))
+        return
+    _print_removal(report)
+    typer.echo(f"Run: {path}")
 
 
 @app.command()
@@ -155,9 +239,10 @@ def methods(as_json: JsonOption = False) -> None:
 
 
 FORMATS = ("table", "md", "csv", "json")
+RUNTIMES = ("local", "flower-sim")
 
 
-def _flags(
+def flags_of(
     dataset: str | None,
     clients: int | None,
     beta: float | None,
@@ -182,7 +267,7 @@ def _flags(
     return {**found, "partition": own} if own else found
 
 
-def _config(file: Path | None, flags: dict[str, Any], assignments: list[str] | None, smoke: bool) -> Any:
+def config_of(file: Path | None, flags: dict[str, Any], assignments: list[str] | None, smoke: bool) -> Any:
     """The configuration: the demonstration's, the file, the options, ``--set``, the later ones winning.
 
     Raises:
@@ -239,19 +324,49 @@ class _Progress:
 
 
 def _print_accuracies(result: dict[str, Any]) -> None:
-    matrix = result["accuracy"]["class-il"]
+    matrix = result["accuracy"]["class_il"]
     header = ["after task", *(f"task {index + 1}" for index in range(len(matrix)))]
     rows = [
         [str(after + 1), *(f"{value:.1f}" if index <= after else "" for index, value in enumerate(row))]
         for after, row in enumerate(matrix)
     ]
     _print_rows(header, rows, "table")
-    found = result["metrics"]["class-il"]
+    found = result["metrics"]["class_il"]
     typer.echo(
         f"final average accuracy {found['final_average_accuracy']:.2f} %, forgetting {found['forgetting']:.2f}, "
         f"{result['bytes']['up'] / 1e6:.2f} MB up, {result['bytes']['down'] / 1e6:.2f} MB down, "
-        f"{result['seconds']:.1f} s"
+        f"{result['seconds']['total']:.1f} s"
     )
+
+
+JUDGED = {
+    "forget": "their data",
+    "retain": "others' data",
+    "test": "test",
+    "test_own": "their classes",
+    "test_others": "other classes",
+}
+
+
+def _print_removal(report: dict[str, Any]) -> None:
+    rows = []
+    for name, found in report["accuracy"].items():
+        cells = ["" if found[key] is None else f"{found[key]:.1f}" for key in JUDGED]
+        member = "" if found["membership"] is None else f"{found['membership']:.2f}"
+        distance = report.get("distance", {}).get(name)
+        rows.append([name, *cells, member, "" if distance is None else f"{distance:.3f}"])
+    _print_rows(["accuracy %", *JUDGED.values(), "membership", "to gold"], rows, "table")
+    scales = ", ".join(f"{alpha:g} for client {client}" for client, alpha in report["alpha"].items())
+    used = report["bytes"]
+    typer.echo(
+        f"{report['mode']}{', alpha ' + scales if scales else ''}: {used['up'] / 1e6:.2f} MB up, "
+        f"{used['down'] / 1e6:.2f} MB down, {report['seconds']:.1f} s"
+    )
+    if "repair_bytes" in report:
+        used = report["repair_bytes"]
+        typer.echo(f"repair: {used['up'] / 1e6:.2f} MB up, {used['down'] / 1e6:.2f} MB down")
+    if report.get("over_removed"):
+        typer.echo("Their data are answered worse than without ever having seen them, which tells of them: lower alpha")
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -15,6 +15,7 @@ from neurocl.cli import (
     data,
     doctor,
     federated,
+    flower,
     merging,
     merging_about,
     merging_suite,
@@ -69,6 +70,9 @@ app.add_typer(merging.app, name="merging", rich_help_panel="Areas")
 trajectory.app.command()(trajectory_plot.plot)
 trajectory.app.command()(trajectory_export.export)
 app.add_typer(trajectory.app, name="trajectory", rich_help_panel="Areas")
+federated.app.command()(flower.server)
+federated.app.command()(flower.client)
+federated.app.command()(flower.keys)
 app.add_typer(federated.app, name="federated", rich_help_panel="Areas")
 app.add_typer(data.app, name="data", rich_help_panel="Data and results")
 app.command("report", rich_help_panel="Data and results")(report.report)

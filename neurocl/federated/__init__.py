@@ -6,13 +6,14 @@ from neurocl.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from neurocl.federated.catalog import FEDERATED, PROBLEMS, method_for, problem_for
-    from neurocl.federated.config import FederatedConfig
+    from neurocl.federated.config import FederatedConfig, PrivacyConfig
     from neurocl.federated.driver import FederatedRun, resume_federated, run_federated
     from neurocl.federated.exchange import Fault, ProcessExchange, SequentialExchange, Stores
     from neurocl.federated.method import Client, FederatedMethod, MethodConfig, Phase, Place, Reply, Samples, Task
     from neurocl.federated.partition import PartitionConfig, split_task
     from neurocl.federated.payload import Payload, PayloadError, decode, encode, num_bytes
     from neurocl.federated.problem import Problem, Source
+    from neurocl.federated.unlearning import unlearn
 
 _HOMES = {
     "FEDERATED": "catalog",
@@ -20,6 +21,7 @@ _HOMES = {
     "method_for": "catalog",
     "problem_for": "catalog",
     "FederatedConfig": "config",
+    "PrivacyConfig": "config",
     "FederatedRun": "driver",
     "resume_federated": "driver",
     "run_federated": "driver",
@@ -44,6 +46,7 @@ _HOMES = {
     "num_bytes": "payload",
     "Problem": "problem",
     "Source": "problem",
+    "unlearn": "unlearning",
 }
 
 __all__ = [
@@ -60,6 +63,7 @@ __all__ = [
     "PayloadError",
     "Phase",
     "Place",
+    "PrivacyConfig",
     "Problem",
     "ProcessExchange",
     "Reply",
@@ -76,6 +80,7 @@ __all__ = [
     "resume_federated",
     "run_federated",
     "split_task",
+    "unlearn",
 ]
 
 __getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

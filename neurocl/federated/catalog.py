@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
+from neurocl.errors import UserError
 from neurocl.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from neurocl.federated.config import FederatedConfig
     from neurocl.federated.method import FederatedMethod
-    from neurocl.federated.problem import Problem
+    from neurocl.federated.problem import Problem, Source
 
 FEDERATED = Registry(
     "aggregators",
@@ -23,6 +26,10 @@ FEDERATED = Registry(
         Entry("fed3r", "neurocl.federated.fed3r:Fed3r", "ridge regression on a frozen backbone", ("federated",)),
         Entry("fedncm", "neurocl.federated.fedncm:FedNcm", "nearest class mean of a frozen backbone", ("federated",)),
         Entry("ccvr", "neurocl.federated.ccvr:Ccvr", "head re-trained on draws of the task", ("federated",)),
+        Entry("l2p", "neurocl.federated.l2p:L2p", "prompts out of a shared pool", ("federated",)),
+        Entry("dualprompt", "neurocl.federated.dualprompt:DualPrompt", "shared and tasks' prompts", ("federated",)),
+        Entry("coda-prompt", "neurocl.federated.coda_prompt:CodaPrompt", "prompts of components", ("federated",)),
+        Entry("pilora", "neurocl.federated.pilora:PiLora", "orthogonal LoRAs and prototypes", ("federated",)),
         Entry("hgp", "neurocl.federated.hgp:Hgp", "prompts, and a head re-trained on all classes", ("federated",)),
         Entry("prompt", "neurocl.federated.hgp:Prompt", "average prompts and head, frozen backbone", ("federated",)),
         Entry("fedproto", "neurocl.federated.fedproto:FedProto", "pull class means to prototypes", ("federated",)),
@@ -33,6 +40,14 @@ FEDERATED = Registry(
         Entry("regmean", "neurocl.federated.fed_regmean:FedRegMean", "match layers' responses", ("federated",)),
         Entry("ties", "neurocl.federated.fed_ties:FedTies", "trim changes, elect signs, average", ("federated",)),
         Entry("fedsum", "neurocl.federated.fedsum:FedSum", "add up the clients' changes", ("federated",)),
+        Entry("tangent", "neurocl.federated.tangent:Tangent", "average first-order displacements", ("federated",)),
+        Entry("ewc", "neurocl.federated.ewc:Ewc", "hold weights that earlier tasks depend on", ("federated",)),
+        Entry("lwf", "neurocl.federated.lwf:Lwf", "keep the last task's scores of old classes", ("federated",)),
+        Entry("derpp", "neurocl.federated.derpp:Derpp", "rehearse samples that clients keep", ("federated",)),
+        Entry("target", "neurocl.federated.target:Target", "rehearse samples made by the server", ("federated",)),
+        Entry("local", "neurocl.federated.local:Local", "every client alone: a lower bound", ("federated",)),
+        Entry("joint", "neurocl.federated.joint:Joint", "all samples in one place: an upper bound", ("federated",)),
+        Entry("tangent-ridge", "neurocl.federated.tangent_ridge:TangentRidge", "ridge on gradients", ("federated",)),
         Entry("median", "neurocl.federated.robust:Median", "median of every weight", ("federated",)),
         Entry("trimmed-mean", "neurocl.federated.robust:TrimmedMean", "mean without the extremes", ("federated",)),
         Entry("krum", "neurocl.federated.robust:Krum", "the reply nearest to its neighbours", ("federated",)),
@@ -59,11 +74,27 @@ def problem_for(config: FederatedConfig) -> Problem:
     """The problem of a configuration.
 
     Raises:
-        UserError: no such data set, data that are not there, or tasks or a partition that do not fit.
+        UserError: no such data set or method, data that are not there, or tasks or a partition that do not fit.
     """
     from neurocl.federated.problem import Problem
 
-    return Problem(config, PROBLEMS.load(config.dataset)(config))
+    method: type[FederatedMethod] = FEDERATED.load(config.method)
+    config = method.arranged(config)
+    return Problem(config, _source(config))
+
+
+def _source(config: FederatedConfig) -> Source:
+    from neurocl.federated.problem import Source
+
+    if ":" not in config.dataset:
+        found: Source = PROBLEMS.load(config.dataset)(config)
+        return found
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a file beside the user, as Python itself would find it
+    made = Entry(config.dataset, config.dataset, "", source="your own").load()(config)
+    if not isinstance(made, Source):
+        raise UserError(f"{config.dataset} must return a neurocl.federated.Source, not {type(made).__name__}")
+    return made
 
 
 def method_for(problem: Problem) -> FederatedMethod:
@@ -77,4 +108,9 @@ def method_for(problem: Problem) -> FederatedMethod:
     config = problem.config
     kind: type[FederatedMethod] = FEDERATED.load(config.method)
     options = validate(kind.Config, config.options, source=f"options of {config.method}")
-    return kind(problem, options)
+    method = kind(problem, options)
+    if config.privacy is None:
+        return method
+    from neurocl.federated.privacy import PrivateMethod
+
+    return PrivateMethod(method, config.privacy)

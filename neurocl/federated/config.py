@@ -11,18 +11,38 @@ from neurocl.config import Config
 from neurocl.federated.partition import PartitionConfig
 
 
+class PrivacyConfig(Config):
+    """Client-level differential privacy.
+
+    Attributes:
+        clip: C, the largest norm of a client's change in a round.
+        noise: z, the standard deviation of the noise on the sum, as a multiple of ``clip``.
+        delta: of the guarantee (epsilon, delta).
+        where: ``server`` adds the noise once, to the sum, and has to be trusted with the replies; with ``client`` every
+            reply carries all of it when it is sent, so that no reply tells much, and the sum has sqrt(m) times as much.
+    """
+
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    noise: Annotated[float, Field(gt=0)] = 1.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    where: Literal["server", "client"] = "server"
+
+
 class FederatedConfig(Config):
     """A federated run.
 
     Attributes:
-        dataset: a name of :data:`neurocl.federated.catalog.PROBLEMS`.
+        dataset: a name of :data:`neurocl.federated.catalog.PROBLEMS`, or ``module:function`` of your own, which gets
+            this configuration and returns a :class:`~neurocl.federated.problem.Source`.
         data_dir: where data are looked for first.
+        backbone: ``perceptron``, ``vit``, or for pictures a folder of transformers; None for the data set's usual one.
         method: a name of :data:`neurocl.federated.catalog.FEDERATED`.
         options: overrides of the method's own hyper-parameters.
         classes_per_task: how the classes are cut into tasks; one number for all, or one per task; 0 for one task.
         partition: how the samples of a task are dealt to the clients.
         participation: share of the clients that take part, at least one.
         participation_per: drawn for every round, or once per task as the published code does.
+        privacy: bounds and noise on what clients send, see :class:`PrivacyConfig`; None for none.
         rounds: R, per task.
         local_epochs: E, per round.
         batch_size, lr, weight_decay, optimizer, clip: of the clients' training; ``lr`` None takes the method's own.
@@ -36,12 +56,14 @@ class FederatedConfig(Config):
 
     dataset: str = "digits"
     data_dir: Path | None = None
+    backbone: str | None = None
     method: str = "fedavg"
     options: dict[str, Any] = Field(default_factory=dict)
     classes_per_task: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=1)], ...] | None = None
     partition: PartitionConfig = PartitionConfig()
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     participation_per: Literal["round", "task"] = "round"
+    privacy: PrivacyConfig | None = None
     rounds: Annotated[int, Field(ge=1)] = 5
     local_epochs: Annotated[int, Field(ge=1)] = 5
     batch_size: Annotated[int, Field(ge=1)] = 16

@@ -6,14 +6,15 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neurocl.backbones.vit import VisionTransformer, VitConfig
 from neurocl.federated.config import FederatedConfig
 from neurocl.federated.method import Samples
 from neurocl.federated.network import Classifier
-from neurocl.federated.problem import Source
-from neurocl.federated.randomness import stream, torch_stream
+from neurocl.federated.pretraining import Recipe, pretrained
+from neurocl.federated.problem import VIT_PLACES, Source, choose
+from neurocl.federated.randomness import stream
 
 WIDTH, NUM_CLASSES = 128, 10
 PRETRAIN_EPOCHS, PRETRAIN_LR = 30, 1e-3
@@ -22,17 +23,22 @@ SPLIT_SEED = 0
 
 
 def digits(config: FederatedConfig) -> Source:
-    """1,797 digits of 8 x 8 pixels, 70 % for training; a perceptron 64-128-128 that knows them turned by 90 degrees."""
+    """1,797 digits of 8 x 8 pixels, 70 % for training, and a small network that knows them turned by 90 degrees.
+
+    Raises:
+        UserError: another backbone than ``perceptron`` and ``vit``.
+    """
     train, test = _samples()
-    state = _pretrained()
+    names = tuple(str(digit) for digit in range(NUM_CLASSES))
+    transformer = choose(config, "perceptron", "vit") == "vit"
 
     def build() -> Classifier:
-        network = _network()
-        network.backbone.load_state_dict(state)
+        network = _network(transformer)
+        network.backbone.load_state_dict(_pretrained(transformer))
         nn.init.zeros_(network.head.weight)
         return network
 
-    return Source("digits", train, test, tuple(str(digit) for digit in range(NUM_CLASSES)), build)
+    return Source("digits", train, test, names, build, lora_places=VIT_PLACES if transformer else ())
 
 
 class Perceptron(nn.Module):
@@ -48,10 +54,28 @@ class Perceptron(nn.Module):
         return out
 
 
-def _network() -> Classifier:
+class PixelTransformer(nn.Module):
+    """Three blocks of width 64 over sixteen patches of 2 x 2 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = VisionTransformer(
+            VitConfig(input_shape=(1, 8, 8), patch_size=2, width=64, depth=3, heads=4, embed_dim=64)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.vit(x.view(-1, 1, 8, 8))
+        return out
+
+
+def _network(transformer: bool) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Classifier(Perceptron(), WIDTH, NUM_CLASSES)
+        return (
+            Classifier(PixelTransformer(), 64, NUM_CLASSES)
+            if transformer
+            else Classifier(Perceptron(), WIDTH, NUM_CLASSES)
+        )
 
 
 @cache
@@ -68,17 +92,9 @@ def _samples() -> tuple[Samples, Samples]:
 
 
 @cache
-def _pretrained() -> dict[str, Tensor]:
-    """Weights of the perceptron after it has learnt the training digits turned by 90 degrees."""
+def _pretrained(transformer: bool) -> dict[str, Tensor]:
+    """Weights of the backbone after it has learnt the training digits turned by 90 degrees."""
     train, _ = _samples()
-    turned = train.x.view(-1, 8, 8).rot90(1, (1, 2)).flatten(1)
-    network = _network()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=PRETRAIN_LR)
-    generator = torch_stream(0, "digits pre-training", 0)
-    for _ in range(PRETRAIN_EPOCHS):
-        for rows in torch.randperm(len(turned), generator=generator).split(32):
-            loss = F.cross_entropy(network(turned[rows]), train.y[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    return {name: value.detach().clone() for name, value in network.backbone.state_dict().items()}
+    turned = Samples(train.x.view(-1, 8, 8).rot90(1, (1, 2)).flatten(1), train.y)
+    recipe = Recipe("digits vit" if transformer else "digits", PRETRAIN_EPOCHS, 32, PRETRAIN_LR)
+    return pretrained(recipe, lambda: _network(transformer), turned)

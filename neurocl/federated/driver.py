@@ -22,15 +22,19 @@ from neurocl.federated.catalog import method_for, problem_for
 from neurocl.federated.config import FederatedConfig
 from neurocl.federated.exchange import Exchange, Failure, Fault, ProcessExchange, SequentialExchange, Stores
 from neurocl.federated.local_training import EVALUATION_BATCH, batches
-from neurocl.federated.method import FederatedMethod, Place, Predictor, Reply, Samples
+from neurocl.federated.method import FederatedMethod, Place, Predictor, Reply, Samples, Task
 from neurocl.federated.payload import Payload, num_bytes
+from neurocl.federated.privacy import spent
 from neurocl.federated.problem import Problem
 from neurocl.federated.randomness import stream
 from neurocl.runs import RunFolder
 from neurocl.stopping import StopRequest
 
 MAX_LOST_ROUNDS = 3
+#: in the folder of a run whose clients keep their own stores elsewhere
+REMOTE = "flower"
 Say = Callable[[dict[str, Any]], None]
+Connect = Callable[[Problem, FederatedMethod, Stores, RunFolder], Exchange]
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Progress:
 
     Attributes:
         step: rounds that are over, of all phases of all tasks.
-        correct: right answers on task i after task t, [T][T].
+        correct: right answers on task i after task t, [T][T]; of all clients' models where each has its own.
         bytes_up, bytes_down: so far.
         lost: rounds in a row without enough replies.
         failures: of all rounds: number of times by kind.
@@ -128,6 +132,9 @@ class FederatedRun:
             return list(range(count))
         number = place.round if config.participation_per == "round" else 0
         rng = stream(config.seed, "participation", place.task.index, number)
+        if config.privacy is not None:
+            # What the accountant reckons with: everybody throws a coin of their own. Nobody may come.
+            return [int(client) for client in np.flatnonzero(rng.random(count) < config.participation)]
         chosen = rng.choice(count, size=max(1, round(config.participation * count)), replace=False)
         return sorted(int(client) for client in chosen)
 
@@ -157,7 +164,7 @@ class FederatedRun:
         if len(replies) >= config.min_clients:
             self.state = self.method.aggregate(self.state, place, replies)
             progress.lost = 0
-        else:
+        elif asked:
             self.stores.discard(asked)
             progress.lost += 1
             if progress.lost >= MAX_LOST_ROUNDS:
@@ -193,11 +200,11 @@ class FederatedRun:
 
     def _evaluate(self, place: Place) -> None:
         task, progress = place.task, self.progress
-        predict = self.method.predictor(self.state, task)
-        seen = task.classes.stop
-        row = [count_correct(predict, self.problem.test_samples(t), seen) for t in self.problem.tasks[: task.index + 1]]
+        predictors, seen = self._predictors(task), task.classes.stop
+        samples = [self.problem.test_samples(known) for known in self.problem.tasks[: task.index + 1]]
+        row = [sum(count_correct(predict, own, seen) for predict in predictors) for own in samples]
         progress.correct.append(row + [0] * (len(self.problem.tasks) - len(row)))
-        totals = [len(self.problem.test_samples(t)) for t in self.problem.tasks[: task.index + 1]]
+        totals = [len(predictors) * len(own) for own in samples]
         record = {
             "event": "task",
             "task": task.index,
@@ -207,6 +214,13 @@ class FederatedRun:
             "bytes_down": progress.bytes_down,
         }
         self._log(record)
+
+    def _predictors(self, task: Task) -> list[Predictor]:
+        """The server's model, or one of every client."""
+        if not self.method.personal:
+            return [self.method.predictor(self.state, task)]
+        stores = (self.stores.latest(client) for client in range(self.problem.num_clients))
+        return [self.method.predictor(Payload(store), task) for store in stores]
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.folder is not None:
@@ -235,26 +249,34 @@ class FederatedRun:
     def _result(self) -> dict[str, Any]:
         progress, config = self.progress, self.problem.config
         correct = np.array(progress.correct, dtype=np.int64)
+        predictors = self._predictors(self.problem.tasks[-1])
         total = np.array([len(self.problem.test_samples(task)) for task in self.problem.tasks], dtype=np.int64)
+        total *= len(predictors)
         found = metrics.summarize(correct, total)
-        last = self.problem.tasks[-1]
-        predict = self.method.predictor(self.state, last)
-        own = np.array([self._local(predict, client) for client in range(self.problem.num_clients)])
+        everybody = range(self.problem.num_clients)
+        own = np.array([self._local(predictors[client % len(predictors)], client) for client in everybody])
         accuracies = metrics.client_accuracies(own[:, 0], own[:, 1])
         if own[:, 1].any():
             found |= metrics.client_fairness(accuracies)
+        private = {"privacy": spent(self.state, config.privacy, config.participation)} if config.privacy else {}
         return {
-            "status": "complete",
+            "status": "finished",
+            "area": "federated",
             "config": config.model_dump(mode="json"),
-            "protocol": "federated class-il",
+            "protocol": {
+                "tasks": [list(task.classes) for task in self.problem.tasks],
+                "batch_size": config.batch_size,
+                "evaluated_on": "test split",
+            },
             "method": config.method,
             "dataset": config.dataset,
             "seed": config.seed,
-            "accuracy": {"class-il": np.nan_to_num(metrics.accuracy_matrix(correct, total), nan=0.0).tolist()},
-            "metrics": {"class-il": found},
+            "accuracy": {"class_il": np.nan_to_num(metrics.accuracy_matrix(correct, total), nan=0.0).tolist()},
+            "metrics": {"class_il": found},
             "bytes": {"up": progress.bytes_up, "down": progress.bytes_down},
             "failures": progress.failures,
-            "seconds": progress.seconds,
+            **private,
+            "seconds": {"total": progress.seconds},
             "machine": machine(torch.device(config.device)),
             "memory_mb": peak_memory_mb(torch.device(config.device)),
             "versions": versions(),
@@ -277,9 +299,21 @@ def count_correct(predict: Predictor, samples: Samples, seen: int) -> int:
 
 
 def run_federated(
-    config: FederatedConfig, *, out: Path | None = None, say: Say | None = None, faults: Sequence[Fault] = ()
+    config: FederatedConfig,
+    *,
+    out: Path | None = None,
+    say: Say | None = None,
+    faults: Sequence[Fault] = (),
+    connect: Connect | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Run a method over a federation in a new run folder; returns the result and the folder.
+
+    Args:
+        config: of the run.
+        out: the folder, ``runs/...`` if None.
+        say: called with every record of the log.
+        faults: planned mishaps of clients in this process or its own ones.
+        connect: makes another runtime than these, such as :mod:`neurocl.federated.flower`'s.
 
     Raises:
         UserError: a configuration that does not fit, or data that are not there.
@@ -287,17 +321,17 @@ def run_federated(
         Interrupted: stopped by the user; everything is saved.
     """
     folder = RunFolder.create(out, stem=f"federated-{config.method}-{config.dataset}-{config.seed}")
-    return _run(config, folder, say, faults, fresh=True), folder.path
+    return _run(config, folder, say, faults, connect, fresh=True), folder.path
 
 
-def resume_federated(path: Path, *, say: Say | None = None) -> dict[str, Any]:
-    """Go on with an interrupted run.
+def resume_federated(path: Path, *, say: Say | None = None, connect: Connect | None = None) -> dict[str, Any]:
+    """Go on with an interrupted run, in the runtime that it began in.
 
     Raises:
         UserError: not a federated run, in use, or with a damaged checkpoint.
     """
     folder = RunFolder.open(path)
-    return _run(load_federated_config(folder), folder, say, (), fresh=False)
+    return _run(load_federated_config(folder), folder, say, (), connect, fresh=False)
 
 
 def load_federated_config(folder: RunFolder) -> FederatedConfig:
@@ -313,14 +347,27 @@ def load_federated_config(folder: RunFolder) -> FederatedConfig:
 
 
 def _run(
-    config: FederatedConfig, folder: RunFolder, say: Say | None, faults: Sequence[Fault], *, fresh: bool
+    config: FederatedConfig,
+    folder: RunFolder,
+    say: Say | None,
+    faults: Sequence[Fault],
+    connect: Connect | None,
+    *,
+    fresh: bool,
 ) -> dict[str, Any]:
+    if not fresh and (connect is None) == (folder.path / REMOTE).exists():
+        where = "in this process: go on with `neurocl federated run --resume`"
+        if connect is None:
+            where = "on Flower: go on with `neurocl federated server --resume`, or with --runtime flower-sim"
+        raise UserError(f"{folder.path} was begun {where}")
     folder.acquire()
     try:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         problem = problem_for(config)
         method = method_for(problem)
+        if connect is not None and method.personal:
+            raise UserError(f"{config.method} leaves every model with its client, where no server can judge it")
         if fresh:
             folder.write_config(to_yaml(config))
         done = 0
@@ -330,7 +377,9 @@ def _run(
             folder.rewind_metrics()
         stores = Stores(folder.path / "clients", done)
         exchange: Exchange
-        if config.workers:
+        if connect is not None:
+            exchange = connect(problem, method, stores, folder)
+        elif config.workers:
             exchange = ProcessExchange(problem, stores, faults)
         else:
             exchange = SequentialExchange(problem, method, stores, faults)

@@ -100,6 +100,11 @@ class Stores:
             return {}
         return {name: value.numpy() for name, value in load_file(path).items()}
 
+    def latest(self, client: int) -> Store:
+        """What a client has now, the round that is not yet committed included."""
+        written = self._written.get(client)
+        return {name: array.copy() for name, array in written.items()} if written else self.read(client)
+
     def write(self, client: int, store: Store) -> None:
         """Remember what a client wants to keep, until the round is committed."""
         self._written[client] = store

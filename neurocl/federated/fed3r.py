@@ -73,7 +73,7 @@ class Fed3r(FederatedMethod):
             return "classes must be a list of class numbers"
         if any(number not in place.task.classes for number in numbers) or len(set(numbers)) < len(numbers):
             return "classes must be different ones of the task"
-        size = self.problem.network().head.in_features
+        size = self.problem.num_features
         for name, shape in {GRAM: (size, size), SUMS: (len(numbers), size)}.items():
             array = reply.arrays.get(name)
             if array is None:
@@ -107,7 +107,7 @@ class Fed3r(FederatedMethod):
 
     def totals(self, state: Payload) -> Store:
         """``gram`` [d, d], ``sums`` [C, d] and which classes are ``known`` [C], over all clients of the state."""
-        size = self.problem.network().head.in_features
+        size = self.problem.num_features
         gram = np.zeros((size, size))
         sums, known = self._none(size)
         for name, array in state.arrays.items():

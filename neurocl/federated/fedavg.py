@@ -116,12 +116,17 @@ class FedAvg(FederatedMethod):
             self.optimizer(network),
             client,
             place,
-            epochs=config.local_epochs,
+            epochs=self.epochs(place, message),
             batch_size=config.batch_size,
             clip=config.clip,
             after_step=self.after_step(network, client, place, message),
         )
         return self.reply(network, client, place, message)
+
+    def epochs(self, place: Place, message: Payload) -> int:
+        """How often a client goes over its data."""
+        epochs: int = self.problem.config.local_epochs
+        return epochs
 
     def after_step(
         self, network: Classifier, client: Client, place: Place, message: Payload
@@ -144,8 +149,12 @@ class FedAvg(FederatedMethod):
         names = self.expected(state, place)
         return Payload({**state.arrays, **mean_arrays(replies, names, self.weights(replies))}, state.meta)
 
+    def model(self, state: Payload, task: Task) -> Classifier:
+        """The server's network after a task."""
+        return self.loaded(state)
+
     def predictor(self, state: Payload, task: Task) -> Predictor:
-        network = self.loaded(state)
+        network = self.model(state, task)
 
         def predict(x: torch.Tensor) -> torch.Tensor:
             with evaluating(network):

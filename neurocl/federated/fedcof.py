@@ -195,7 +195,7 @@ class FedCof(FedAvg):
         return [HEAD_WEIGHT] + (network.backbone_names() if self.config.then == "ft" else [])
 
     def initial_state(self) -> Payload:
-        size = self.network().head.in_features
+        size = self.problem.num_features
         if self.config.forgettable:
             kept = ClassTable.empty(size).store(KEPT)
         else:
@@ -236,7 +236,7 @@ class FedCof(FedAvg):
     def objection(self, state: Payload, place: Place, reply: Payload) -> str:
         if place.phase.name != "statistics":
             return super().objection(state, place, reply)
-        config, size = self.config, self.network().head.in_features
+        config, size = self.config, self.problem.num_features
         return row_objection(reply, place.task.classes, size, min_count=config.min_count, repeats=config.subsets)
 
     def aggregate(self, state: Payload, place: Place, replies: Sequence[Reply]) -> Payload:
@@ -264,7 +264,7 @@ class FedCof(FedAvg):
 
     def classifier(self, state: Payload) -> Tensor:
         """Rows [C, d] out of the statistics of a state; NaN for classes that nobody has."""
-        weight = unseen_rows(self.problem.num_classes, self.network().head.in_features)
+        weight = unseen_rows(self.problem.num_classes, self.problem.num_features)
         if self.config.forgettable:
             present = np.unique(ClassTable.kept(state.arrays, KEPT).classes)
         else:

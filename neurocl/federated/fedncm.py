@@ -46,7 +46,7 @@ class FedNcm(FederatedMethod):
         return (Phase("statistics", 1, train=False),)
 
     def initial_state(self) -> Payload:
-        return Payload(ClassTable.empty(self.problem.network().head.in_features).store(KEPT))
+        return Payload(ClassTable.empty(self.problem.num_features).store(KEPT))
 
     def message(self, state: Payload, place: Place) -> Payload:
         # Everybody has the frozen backbone.

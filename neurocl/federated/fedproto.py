@@ -46,7 +46,7 @@ class FedProto(FedAvg):
     reveals = "the client's trained weights, how many samples of each class it has and the mean of their features"
 
     def initial_state(self) -> Payload:
-        shape = (self.problem.num_classes, self.problem.network().head.in_features)
+        shape = (self.problem.num_classes, self.problem.num_features)
         empty = {PROTOTYPES: np.zeros(shape, dtype=np.float32), KNOWN: np.zeros(shape[0], dtype=bool)}
         return Payload({**super().initial_state().arrays, **empty})
 

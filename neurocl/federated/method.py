@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from neurocl.config import Config
 from neurocl.errors import UserError
 from neurocl.federated.payload import Payload
 from neurocl.federated.randomness import stream, torch_stream
+
+if TYPE_CHECKING:
+    from neurocl.federated.config import FederatedConfig
 
 Store = dict[str, NDArray[Any]]
 Predictor = Callable[[Tensor], Tensor]
@@ -130,10 +133,17 @@ class FederatedMethod(ABC):
     sum_only: ClassVar[bool] = False
     #: what the server learns of a client, one sentence for the documentation
     reveals: ClassVar[str]
+    #: every client has a model of its own: ``predictor`` is given what the client stored, as a payload, for a state
+    personal: ClassVar[bool] = False
 
     def __init__(self, problem: Any, config: MethodConfig) -> None:
         self.problem = problem
         self.config = config
+
+    @classmethod
+    def arranged(cls, config: FederatedConfig) -> FederatedConfig:
+        """The configuration that the method turns the user's into, before data are cut and dealt."""
+        return config
 
     def phases(self, task: Task) -> Sequence[Phase]:
         """The phases of a task, in order."""

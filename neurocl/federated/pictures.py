@@ -1,4 +1,7 @@
-"""Real pictures: features of a frozen EfficientNet-Lite0, and a perceptron over them that was pre-trained elsewhere."""
+"""Real pictures: a frozen EfficientNet-Lite0, and a small network over its features that was pre-trained elsewhere.
+
+Or the pictures themselves, for a Vision Transformer of transformers from a folder.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neurocl.backbones.tokens import cached_tokens
+from neurocl.backbones.vit import VisionTransformer, VitConfig
 from neurocl.data.domains import load_domain
 from neurocl.federated.config import FederatedConfig
 from neurocl.federated.method import Samples
 from neurocl.federated.network import Classifier
-from neurocl.federated.problem import Source
-from neurocl.federated.randomness import torch_stream
+from neurocl.federated.pretraining import Recipe, pretrained
+from neurocl.federated.problem import VIT_PLACES, Source, choose
 
 FEATURES, WIDTH = 320, 256
+TOKENS, VIT_WIDTH = 25, 128
 PRETRAINED_ON = "tiny-imagenet-100"
-PRETRAIN_EPOCHS, PRETRAIN_LR = 20, 1e-3
+RECIPES = {
+    "perceptron": Recipe("pictures", epochs=20, batch_size=64, lr=1e-3, weight_decay=0.05),
+    "vit": Recipe("pictures vit", epochs=10, batch_size=64, lr=1e-3, weight_decay=0.05, warmup=0.1),
+}
 
 
 def pictures(config: FederatedConfig) -> Source:
-    """A picture domain of :mod:`neurocl.data.domains` behind the encoder; the perceptron knows Tiny-ImageNet.
+    """A picture domain of :mod:`neurocl.data.domains`.
+
+    ``perceptron`` sees the encoder's pooled features, ``vit`` its feature map as 25 tokens; both know Tiny-ImageNet. A
+    folder is a model of transformers that sees the pictures.
 
     Raises:
-        UserError: the pictures or the encoder's weights are not here.
+        UserError: the pictures, the encoder's weights or the folder's model are not here.
     """
     name = config.dataset
-    train, test, class_names = _samples(name, config.data_dir)
-    state = _pretrained(config.data_dir)
+    if config.backbone and Path(config.backbone).is_dir():
+        from neurocl.federated.transformers_vit import transformers_source
+
+        return transformers_source(config, Path(config.backbone))
+    kind = choose(config, "perceptron", "vit")
+    train, test, class_names = _samples(name, kind, config.data_dir)
 
     def build() -> Classifier:
-        network = _network(len(class_names))
-        network.backbone.load_state_dict(state)
+        network = _network(kind, len(class_names))
+        network.backbone.load_state_dict(_pretrained(kind, config.data_dir))
         nn.init.zeros_(network.head.weight)
         return network
 
-    return Source(name, train, test, class_names, build, lr=3e-4)
+    places = VIT_PLACES if kind == "vit" else ()
+    return Source(name, train, test, class_names, build, lr=3e-4, lora_places=places)
 
 
 class FeaturePerceptron(nn.Module):
@@ -56,36 +72,29 @@ class FeaturePerceptron(nn.Module):
         return out
 
 
-def _network(num_classes: int) -> Classifier:
+def _network(kind: str, num_classes: int) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if kind == "vit":
+            config = VitConfig(input_shape=(TOKENS, FEATURES), width=VIT_WIDTH, depth=4, heads=4, embed_dim=VIT_WIDTH)
+            return Classifier(VisionTransformer(config), VIT_WIDTH, num_classes)
         return Classifier(FeaturePerceptron(), WIDTH, num_classes)
 
 
 @cache
-def _samples(name: str, data_dir: Path | None) -> tuple[Samples, Samples, tuple[str, ...]]:
+def _samples(name: str, kind: str, data_dir: Path | None) -> tuple[Samples, Samples, tuple[str, ...]]:
     domain = load_domain(name, data_dir=data_dir)
     parts = {}
     for split in ("train", "val", "test"):
-        tokens = cached_tokens(f"{name}-{split}", domain.images[split])
-        pooled = torch.from_numpy(tokens.astype("float32").mean(axis=1))
-        parts[split] = Samples(pooled, torch.from_numpy(domain.labels[split]))
+        tokens = torch.from_numpy(cached_tokens(f"{name}-{split}", domain.images[split]).astype("float32"))
+        parts[split] = Samples(tokens if kind == "vit" else tokens.mean(dim=1), torch.from_numpy(domain.labels[split]))
     # Nothing is chosen on validation pictures here, so they train.
     train = Samples(torch.cat([parts["train"].x, parts["val"].x]), torch.cat([parts["train"].y, parts["val"].y]))
     return train, parts["test"], domain.class_names
 
 
 @cache
-def _pretrained(data_dir: Path | None) -> dict[str, Tensor]:
-    """Weights of the perceptron after it has learnt a hundred classes of Tiny-ImageNet."""
-    train, _, class_names = _samples(PRETRAINED_ON, data_dir)
-    network = _network(len(class_names))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=PRETRAIN_LR, weight_decay=0.05)
-    generator = torch_stream(0, "pictures pre-training", 0)
-    for _ in range(PRETRAIN_EPOCHS):
-        for rows in torch.randperm(len(train), generator=generator).split(64):
-            loss = F.cross_entropy(network(train.x[rows]), train.y[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    return {name: value.detach().clone() for name, value in network.backbone.state_dict().items()}
+def _pretrained(kind: str, data_dir: Path | None) -> dict[str, Tensor]:
+    """Weights of the backbone after it has learnt a hundred classes of Tiny-ImageNet."""
+    train, _, class_names = _samples(PRETRAINED_ON, kind, data_dir)
+    return pretrained(RECIPES[kind], lambda: _network(kind, len(class_names)), train)

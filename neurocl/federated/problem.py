@@ -20,6 +20,9 @@ from neurocl.federated.randomness import stream
 
 Labels = NDArray[np.int64]
 
+#: linear layers of a Vision Transformer that get LoRA: not the embedding of patches
+VIT_PLACES = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -31,6 +34,8 @@ class Source:
         class_names: C names.
         build: makes the network with the weights that everybody starts from; always the same.
         lr: a learning rate that suits full fine-tuning of this network.
+        classes_per_task: where the run does not say.
+        lora_places: parts of the names of the layers that adapters go to; empty for all linear layers.
     """
 
     name: str
@@ -88,6 +93,11 @@ class Problem:
         return self.source.build().to(self.config.device)
 
     @cached_property
+    def num_features(self) -> int:
+        """d, what the head sees."""
+        return int(self.network().head.in_features)
+
+    @cached_property
     def owners(self) -> tuple[tuple[Tensor, Labels], ...]:
         """For every task the rows of its training samples, and the client who owns each."""
         labels = self.source.train.y.numpy()
@@ -97,32 +107,62 @@ class Problem:
             found.append((torch.from_numpy(rows), split_task(self.config.partition, labels[rows], task.index)))
         return tuple(found)
 
+    @cached_property
+    def _train_rows(self) -> tuple[tuple[Tensor, ...], ...]:
+        """For every task the rows of each client: found once for all, or a thousand clients would each search all."""
+        return tuple(_by_owner(rows, owner, self.num_clients) for rows, owner in self.owners)
+
     def train_samples(self, client: int, task: Task) -> Samples:
         """What a client has of a task."""
-        rows, owner = self.owners[task.index]
-        own = rows[torch.from_numpy(owner == client)]
+        own = self._train_rows[task.index][client]
         return Samples(self.source.train.x[own], self.source.train.y[own])
+
+    @cached_property
+    def _tests(self) -> tuple[Samples, ...]:
+        test, found = self.source.test, []
+        for task in self.tasks:
+            chosen = (test.y >= task.classes.start) & (test.y < task.classes.stop)
+            found.append(Samples(test.x[chosen], test.y[chosen]))
+        return tuple(found)
 
     def test_samples(self, task: Task) -> Samples:
         """The test samples of a task, of all clients together."""
-        chosen = (self.source.test.y >= task.classes.start) & (self.source.test.y < task.classes.stop)
-        return Samples(self.source.test.x[chosen], self.source.test.y[chosen])
+        return self._tests[task.index]
 
     @cached_property
-    def _test_owners(self) -> tuple[Labels, ...]:
+    def _test_rows(self) -> tuple[tuple[Tensor, ...], ...]:
         found = []
         for task in self.tasks:
             rows, owner = self.owners[task.index]
             labels, test = self.source.train.y[rows].numpy(), self.test_samples(task).y.numpy()
             rng = stream(self.config.partition.seed, "test split", task.index)
-            found.append(test_shares(labels, owner, test, self.num_clients, rng))
+            dealt = test_shares(labels, owner, test, self.num_clients, rng)
+            found.append(_by_owner(torch.arange(len(test)), dealt, self.num_clients))
         return tuple(found)
 
     def local_test_samples(self, client: int, task: Task) -> Samples:
         """A client's own share of the test samples of a task, in the proportions of its training samples."""
-        samples = self.test_samples(task)
-        own = torch.from_numpy(self._test_owners[task.index] == client)
+        samples, own = self.test_samples(task), self._test_rows[task.index][client]
         return Samples(samples.x[own], samples.y[own])
+
+
+def _by_owner(rows: Tensor, owner: Labels, num_clients: int) -> tuple[Tensor, ...]:
+    """The rows of every client, in their order; nobody's (owner -1) are left out."""
+    order = np.argsort(owner, kind="stable")
+    ends = np.searchsorted(owner[order], np.arange(num_clients + 1))
+    return tuple(rows[torch.from_numpy(order[ends[k] : ends[k + 1]])] for k in range(num_clients))
+
+
+def choose(config: FederatedConfig, *backbones: str) -> str:
+    """The backbone that the run asks for, the first one if it asks for none.
+
+    Raises:
+        UserError: one that this data set does not have.
+    """
+    asked = config.backbone or backbones[0]
+    if asked not in backbones:
+        raise UserError(f"{config.dataset} has no backbone {asked!r} (choose from {', '.join(backbones)})")
+    return asked
 
 
 def task_sizes(asked: int | tuple[int, ...] | None, usual: int, num_classes: int) -> list[int]:

@@ -41,17 +41,27 @@ class PrefixAttention(nn.Module):
         self.prompt = nn.Parameter(prompt)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        heads = self.attention.heads
-        qkv = self.attention.qkv(x).view(batch, tokens, 3, heads, width // heads)
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
-        extra = self.prompt.view(2, len(self.prompt) // 2, heads, width // heads).transpose(1, 2)
-        extra_keys, extra_values = extra.unsqueeze(1).expand(-1, batch, -1, -1, -1)
-        mixed = F.scaled_dot_product_attention(
-            queries, torch.cat([extra_keys, keys], dim=2), torch.cat([extra_values, values], dim=2)
-        )
-        out: Tensor = self.attention.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return out
+        return prefixed(self.attention, x, self.prompt.expand(len(x), -1, -1))
+
+
+def prefixed(attention: Attention, x: Tensor, prompt: Tensor) -> Tensor:
+    """Self-attention of x [B, R, D] with extra keys and values.
+
+    Args:
+        attention: of a block.
+        x: its input.
+        prompt: [B, L, D], first half keys, second half values.
+    """
+    batch, tokens, width = x.shape
+    heads = attention.heads
+    qkv = attention.qkv(x).view(batch, tokens, 3, heads, width // heads)
+    queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
+    extra = prompt.reshape(batch, 2, prompt.shape[1] // 2, heads, width // heads).permute(1, 0, 3, 2, 4)
+    mixed = F.scaled_dot_product_attention(
+        queries, torch.cat([extra[0], keys], dim=2), torch.cat([extra[1], values], dim=2)
+    )
+    out: Tensor = attention.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+    return out
 
 
 class ShiftedInput(nn.Module):

@@ -278,7 +278,7 @@ class Prototypes(FedAvg):
 
     @property
     def _size(self) -> int:
-        return int(self.problem.network().head.in_features)
+        return int(self.problem.num_features)
 
     @property
     def _spread(self) -> tuple[int, ...]:

@@ -234,7 +234,7 @@ def test_layers_without_free_directions_are_told():
 @pytest.mark.slow
 def test_less_is_forgotten_than_with_averaged_lora_and_no_less_is_known_in_the_end():
     found = {
-        name: [run_of(digits_method(name, seed=seed)).run()["metrics"]["class-il"] for seed in range(3)]
+        name: [run_of(digits_method(name, seed=seed)).run()["metrics"]["class_il"] for seed in range(3)]
         for name in ("lora", "dolfin")
     }
     mean = {

@@ -355,4 +355,4 @@ def test_train_is_decided_by_then():
 def test_on_digits_more_clients_make_up_for_their_small_shares():
     few, many = (run(*setup(num_clients=number))[0] for number in (3, 20))
     name = "final_average_accuracy"
-    assert many["metrics"]["class-il"][name] > few["metrics"]["class-il"][name]
+    assert many["metrics"]["class_il"][name] > few["metrics"]["class_il"][name]

@@ -62,4 +62,4 @@ def test_negative_fisher_information_is_refused():
 
 def test_a_federation_learns():
     run = run_of(digits_method("fisheravg", rounds=2, local_epochs=2, classes_per_task=(2,)))
-    assert run.run()["metrics"]["class-il"]["final_average_accuracy"] > 80
+    assert run.run()["metrics"]["class_il"]["final_average_accuracy"] > 80

@@ -216,7 +216,7 @@ def test_ccvr_draws_from_the_current_task_or_from_all_so_far(classes):
 def average(name, beta):
     """Final average accuracy on digits, mean of three seeds."""
     results = [run(*setup(name, seed=seed, beta=beta, rounds=5, epochs=5))[0] for seed in range(3)]
-    found = [result["metrics"]["class-il"]["final_average_accuracy"] for result in results]
+    found = [result["metrics"]["class_il"]["final_average_accuracy"] for result in results]
     print(f"{name} beta {beta}: {np.round(found, 1)}")
     return float(np.mean(found))
 

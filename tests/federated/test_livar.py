@@ -371,5 +371,5 @@ def test_on_uneven_digits_variance_is_no_worse_a_weight_for_the_head_than_sample
         method = livar(rounds=3, local_epochs=3, beta=0.1, seed=seed)
         for name, kind in (("variance", Livar), ("samples", SampleHead)):
             result = run_of(kind(method.problem, method.config)).run()
-            found[name].append(result["metrics"]["class-il"]["final_average_accuracy"])
+            found[name].append(result["metrics"]["class_il"]["final_average_accuracy"])
     assert np.mean(found["variance"]) >= np.mean(found["samples"]) - 2

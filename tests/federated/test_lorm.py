@@ -626,6 +626,6 @@ def test_the_first_task_is_learnt_and_its_rows_of_the_head_are_never_touched_aga
 
     method.end_task = watched  # type: ignore[method-assign]
     result = run.run()
-    assert result["accuracy"]["class-il"][0][0] >= 90
+    assert result["accuracy"]["class_il"][0][0] >= 90
     for name in HEAD:
         np.testing.assert_array_equal(heads[0][name], heads[1][name])

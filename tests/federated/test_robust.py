@@ -33,7 +33,7 @@ def accuracy(name, exchange):
     method = digits_method(name, **SMALL)
     stores = Stores(None)
     run = FederatedRun(method.problem, method, exchange(method.problem, method, stores), stores)
-    return run.run()["metrics"]["class-il"]["final_average_accuracy"]
+    return run.run()["metrics"]["class_il"]["final_average_accuracy"]
 
 
 def combined(name, values, options=None):
