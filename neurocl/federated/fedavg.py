@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from neurocl.federated.local_training import Loss, task_loss, train
+from neurocl.federated.local_training import Loss, make_optimizer, task_loss, train
 from neurocl.federated.method import (
     Client,
     FederatedMethod,
@@ -96,11 +96,10 @@ class FedAvg(FederatedMethod):
         config = self.problem.config
         head = list(network.head.parameters())
         rest = [value for name, value in self._own(network).items() if not name.startswith("head.")]
-        groups = [{"params": head, "lr": self.problem.lr}]
+        groups: list[dict[str, Any]] = [{"params": head, "lr": self.problem.lr}]
         if rest:
             groups.append({"params": rest, "lr": self.problem.lr * self.config.backbone_lr})
-        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.SGD
-        return kind(groups, lr=self.problem.lr, weight_decay=config.weight_decay)  # type: ignore[arg-type]
+        return make_optimizer(config.optimizer, groups, self.problem.lr, config.weight_decay)
 
     def client(self, client: Client, place: Place, message: Payload) -> Payload:
         if not len(client.data):

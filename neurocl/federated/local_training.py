@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,23 @@ def task_loss(network: nn.Module, task: Task) -> Loss:
         return F.cross_entropy(logits, y - task.classes.start)
 
     return loss
+
+
+def make_optimizer(
+    kind: Literal["adamw", "adam", "sgd"], groups: Sequence[dict[str, Any]], lr: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """A new optimiser; Adam in its fused form, which takes two thirds of the time in small networks.
+
+    Args:
+        kind: which one.
+        groups: parameters with rates of their own.
+        lr: of groups without one.
+        weight_decay: likewise.
+    """
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay)
+    adam = torch.optim.AdamW if kind == "adamw" else torch.optim.Adam
+    return adam(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def train(

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from neurocl.federated.fedavg import FedAvg, FedAvgConfig
-from neurocl.federated.local_training import EVALUATION_BATCH
+from neurocl.federated.local_training import EVALUATION_BATCH, make_optimizer
 from neurocl.federated.method import Place, Predictor, Store, Task
 from neurocl.federated.network import HEAD_BIAS, HEAD_WEIGHT, Classifier, evaluating, linear_layers, load, with_lora
 from neurocl.federated.payload import Payload, arrays_of, tensors
@@ -122,8 +122,7 @@ class AdapterMethod(FedAvg):
             }
             for name, parameter in self._own(network).items()
         ]
-        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.SGD
-        return kind(groups, lr=self.lr)
+        return make_optimizer(config.optimizer, groups, self.lr)
 
     def wanted(self, state: Payload, place: Place) -> dict[str, Form]:
         """Shape and type of every array that a reply must have."""

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from neurocl.backbones.vit import VisionTransformer
 from neurocl.federated.fedavg import FedAvg, FedAvgConfig
-from neurocl.federated.local_training import EVALUATION_BATCH, Loss, class_statistics, features_of, train
+from neurocl.federated.local_training import (
+    EVALUATION_BATCH,
+    Loss,
+    class_statistics,
+    features_of,
+    make_optimizer,
+    train,
+)
 from neurocl.federated.lora import Form, misfit
 from neurocl.federated.method import Client, Place, Predictor, Reply, Task, weighted_sum
 from neurocl.federated.network import Classifier, evaluating, linear_layers
@@ -176,7 +183,7 @@ class PiLora(FedAvg):
         network.train()
         train(
             self._loss(network, earlier, prototypes),
-            torch.optim.Adam(groups, lr=rate, weight_decay=config.weight_decay),
+            make_optimizer("adam", groups, rate, config.weight_decay),
             client,
             place,
             epochs=config.local_epochs,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from neurocl.backbones.vit import Attention, VisionTransformer
 from neurocl.federated.fedavg import FedAvg, FedAvgConfig
-from neurocl.federated.local_training import Loss, task_loss
+from neurocl.federated.local_training import Loss, make_optimizer, task_loss
 from neurocl.federated.method import Client, Place, Task
 from neurocl.federated.network import Classifier
 from neurocl.federated.payload import Payload
@@ -195,9 +195,7 @@ class PoolMethod(FedAvg):
             {"params": list(network.head.parameters()), "lr": lr},
             {"params": pool, "lr": lr * self.config.backbone_lr},
         ]
-        if config.optimizer == "adamw":
-            return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
-        return torch.optim.SGD(groups, lr=lr)
+        return make_optimizer(config.optimizer, groups, lr)
 
     def loss(self, network: Classifier, client: Client, place: Place, message: Payload) -> Loss:
         prompted = prompted_of(network)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neurocl.errors import UserError
 from neurocl.federated.fedavg import FedAvg, FedAvgConfig
-from neurocl.federated.local_training import Loss
+from neurocl.federated.local_training import Loss, make_optimizer
 from neurocl.federated.lora import Form, form, misfit
 from neurocl.federated.method import Client, MethodConfig, Place, Reply, mean_arrays, weighted_sum
 from neurocl.federated.network import Classifier
@@ -70,7 +70,7 @@ class Scaffold(FedAvg):
 
     def optimizer(self, network: Classifier) -> torch.optim.Optimizer:
         groups = [{"params": [value], "lr": self.learning_rate(name)} for name, value in self._own(network).items()]
-        return torch.optim.SGD(groups, lr=self.lr, weight_decay=self.problem.config.weight_decay)
+        return make_optimizer("sgd", groups, self.lr, self.problem.config.weight_decay)
 
     def initial_state(self) -> Payload:
         state = super().initial_state()
