@@ -3,12 +3,13 @@
     python benchmarks/trajectory_ablations.py cells    # instance or fixed codebook x decoder with or without the past
     python benchmarks/trajectory_ablations.py ranks    # 0 to 16, in the released design
     python benchmarks/trajectory_ablations.py additions  # codes, geometry and heading, one after the other
-    python benchmarks/trajectory_ablations.py priors   # diffusion, autoregressive and flow over the same codes
+    python benchmarks/trajectory_ablations.py priors   # the four priors over the same codes
     python benchmarks/trajectory_ablations.py steps RUN  # samplers and their steps, of a finished run
 
 The first three train stage 1 alone and tell how well true futures come back from their codes (mean and last distance,
-perplexity of the codes), all arms with the same budget and the same batches. Everything is kept in ``--out``, and a
-second call goes on where the first one stopped.
+perplexity of the codes), all arms with the same budget and the same batches. ``steps`` compares everything with the
+most steps: the last columns are the change of minADE in per cent and half its 95 % interval over agents. Everything is
+kept in ``--out``, and a second call with the same settings goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -16,26 +17,31 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import safetensors.torch
 import torch
 
 from neurocl.config import merged
 from neurocl.devices import cpu_name
+from neurocl.errors import NeuroclError, UserError
 from neurocl.runs import RunFolder, write_atomically
 from neurocl.stopping import StopRequest
 from neurocl.trajectory import metrics
-from neurocl.trajectory.baselines import target_tracks
 from neurocl.trajectory.config import TrajectoryConfig, resolve
-from neurocl.trajectory.evaluation import draw_targets
-from neurocl.trajectory.forecaster import Forecaster, SamplingConfig
+from neurocl.trajectory.datasets import Split
+from neurocl.trajectory.forecaster import Forecaster, SamplingConfig, num_drawn
+from neurocl.trajectory.scenes import Scenes
+from neurocl.trajectory.selection import select
 from neurocl.trajectory.training import Trainer, load_config, load_split
 from neurocl.trajectory.vqvae import reconstruction
 
 Numbers = dict[str, float]
+Errors = dict[str, torch.Tensor]
 
 CELLS: dict[str, dict[str, Any]] = {
     f"{book} codebook, decoder {'with' if past else 'without'} the past": {
@@ -56,16 +62,40 @@ ADDITIONS: dict[str, dict[str, Any]] = {
 ARMS = {"cells": CELLS, "ranks": RANKS, "additions": ADDITIONS}
 
 
-class Kept:
-    """Results by name in a JSON file, so that nothing is computed twice."""
+SAMPLERS: tuple[tuple[Literal["posterior", "unmask"], int], ...] = (
+    ("unmask", 3),
+    ("unmask", 5),
+    ("unmask", 10),
+    ("posterior", 5),
+    ("posterior", 10),
+    ("posterior", 50),
+    ("posterior", 100),
+)
+FULL = "posterior, 100"
 
-    def __init__(self, path: Path) -> None:
+
+class Kept:
+    """Results by name in a JSON file, so that nothing is computed twice.
+
+    Args:
+        path: of the file.
+        settings: that all results share.
+
+    Raises:
+        UserError: the file holds results of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        self.found: dict[str, Numbers] = json.loads(path.read_text()) if path.is_file() else {}
+        self.settings = settings
+        document = json.loads(path.read_text()) if path.is_file() else {"settings": settings, "found": {}}
+        if document.get("settings") != settings:
+            raise UserError(f"{path} holds results of other settings; choose another --out")
+        self.found: dict[str, Numbers] = document["found"]
 
     def __setitem__(self, name: str, numbers: Numbers) -> None:
         self.found[name] = numbers
-        write_atomically(self.path, json.dumps(self.found, indent=1))
+        write_atomically(self.path, json.dumps({"settings": self.settings, "found": self.found}, indent=1))
 
 
 def stage1(config: TrajectoryConfig, folder: Path) -> tuple[Trainer, Numbers]:
@@ -78,8 +108,9 @@ def stage1(config: TrajectoryConfig, folder: Path) -> tuple[Trainer, Numbers]:
     seconds = time.monotonic() - started
     network = trainer.networks.vqvae.eval()
     numbers: Numbers = {"seconds": seconds}
-    for split in ("val", "test"):
-        found = reconstruction(network, load_split(config, split))  # type: ignore[arg-type]
+    splits: tuple[Split, ...] = "val", "test"
+    for split in splits:
+        found = reconstruction(network, load_split(config, split))
         numbers |= {f"{split} ADE": found.ade, f"{split} FDE": found.fde, "perplexity": found.perplexity}
     return trainer, numbers
 
@@ -104,22 +135,24 @@ def reconstruct_arms(options: argparse.Namespace, kept: Kept) -> None:
             key = f"{name} | {seed}"
             if key not in kept.found:
                 config = base(options, seed, faithful=True, model=model)
-                kept[key] = stage1(config, options.out / f"{options.what}-{len(kept.found)}")[1]
+                kept[key] = stage1(config, options.out / f"{options.what}-{len(kept.found)}-{int(time.time())}")[1]
                 print(key, shown(kept.found[key]), flush=True)
 
 
 def prior_arms(options: argparse.Namespace, kept: Kept) -> None:
     """Priors over the codes of one stage 1 per seed, on the test scenes."""
     for seed in options.seeds:
-        names = {prior: f"{prior} | {seed}" for prior in ("diffusion", "autoregressive", "flow")}
+        names = {prior: f"{prior} | {seed}" for prior in ("diffusion", "autoregressive", "flow", "ddim")}
         if all(name in kept.found for name in names.values()):
             continue
-        trained, _ = stage1(base(options, seed), options.out / f"codes-{seed}-{int(time.time())}")
+        config = base(options, seed)
+        scenes = some_scenes(config, options, "test")
+        trained, _ = stage1(config, options.out / f"codes-{seed}-{int(time.time())}")
         for prior, key in names.items():
             if key in kept.found:
                 continue
-            config = base(options, seed, prior=prior)
-            trainer = Trainer(config, RunFolder.create(options.out / f"{prior}-{seed}-{int(time.time())}", stem=prior))
+            folder = RunFolder.create(options.out / f"{prior}-{seed}-{int(time.time())}", stem=prior)
+            trainer = Trainer(base(options, seed, prior=prior), folder)
             trainer.networks.vqvae.load_state_dict(trained.networks.vqvae.state_dict())
             trainer.stage = 1
             started = time.monotonic()
@@ -128,51 +161,64 @@ def prior_arms(options: argparse.Namespace, kept: Kept) -> None:
             trainer.finish_stage()
             seconds = time.monotonic() - started
             forecaster = Forecaster(trainer.shape, trainer.networks, trainer.runtime.device)
-            numbers = sampled(forecaster, config, options, SamplingConfig())
-            kept[key] = {"seconds": seconds, **numbers}
+            kept[key] = {"seconds": seconds, **sampled(forecaster, scenes, SamplingConfig(), options.draws)[0]}
             print(key, shown(kept.found[key]), flush=True)
 
 
 def step_arms(options: argparse.Namespace, kept: Kept) -> None:
-    """Samplers of a finished run with fewer and fewer steps, on validation scenes."""
+    """Samplers of a finished run with more and more steps, on validation scenes."""
     forecaster = Forecaster.load(options.run, device=options.device)
-    config = load_config(RunFolder.open(options.run))
-    for sampler in ("posterior", "unmask"):
-        for steps in (100, 50, 25, 10, 5, 2, 1):
-            key = f"{sampler}, {steps} steps"
-            if key not in kept.found:
-                how = SamplingConfig(sampler=sampler, steps=steps)  # type: ignore[arg-type]
-                kept[key] = sampled(forecaster, config, options, how, split="val")
-                print(key, shown(kept.found[key]), flush=True)
+    scenes = some_scenes(load_config(RunFolder.open(options.run)), options, "val")
+    path = kept.path.with_suffix(".safetensors")  # minADE of every agent
+    each: Errors = safetensors.torch.load_file(path) if path.is_file() else {}
+    for sampler, steps in SAMPLERS:
+        key = f"{sampler}, {steps}"
+        if key not in kept.found:
+            how = SamplingConfig(sampler=sampler, steps=steps)
+            numbers, errors = sampled(forecaster, scenes, how, options.draws)
+            each |= {f"{key} {name}": found for name, found in errors.items()}
+            safetensors.torch.save_file(each, path)
+            kept[key] = numbers
+            print(key, shown(numbers), flush=True)
+    for key, numbers in kept.found.items():
+        for name in ("samples", "centroids"):
+            full = each[f"{FULL} {name}"]
+            change = 100 * (each[f"{key} {name}"] - full) / full.mean()
+            numbers[f"{name} %"] = float(change.mean())
+            numbers[f"{name} +-"] = 1.96 * float(change.std()) / len(change) ** 0.5
 
 
-def sampled(
-    forecaster: Forecaster,
-    config: TrajectoryConfig,
-    options: argparse.Namespace,
-    how: SamplingConfig,
-    split: str = "test",
-) -> Numbers:
-    """minADE and minFDE of 20 samples and 20 centroids of 200, in several draws."""
-    scenes = load_split(config.model_copy(update={"data_dir": options.data_dir}), split)  # type: ignore[arg-type]
-    if options.max_scenes < len(scenes):
-        order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0))
-        scenes = scenes.subset(order[: options.max_scenes].sort().values)
-    truth = target_tracks(scenes)[1]
-    numbers: dict[str, list[float]] = {}
-    for seed in range(options.draws):
-        for select in ("samples", "centroids"):
-            asked = how.model_copy(update={"select": select, "seed": seed})
+def some_scenes(config: TrajectoryConfig, options: argparse.Namespace, split: Split) -> Scenes:
+    """A seeded choice of a split."""
+    scenes = load_split(config.model_copy(update={"data_dir": options.data_dir}), split)
+    order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(0))
+    return scenes.subset(order[: options.max_scenes].sort().values)
+
+
+def sampled(forecaster: Forecaster, scenes: Scenes, how: SamplingConfig, num_draws: int) -> tuple[Numbers, Errors]:
+    """minADE and minFDE of 20 centroids of 200 samples and of the first 20 of them, and minADE of every agent."""
+    errors: dict[str, list[torch.Tensor]] = {}
+    seconds = 0.0
+    for seed in range(num_draws):
+        generator = torch.Generator(forecaster.device).manual_seed(seed)
+        parts: dict[str, list[torch.Tensor]] = {}
+        # Scenes of about as many agents together, so that little is padded.
+        for rows in scenes.target_mask.sum(dim=1).argsort(stable=True).split(32):
+            batch = scenes.subset(rows)
             started = time.perf_counter()
-            found = draw_targets(forecaster, scenes, 20, asked, 32).predicted.double()
-            seconds = time.perf_counter() - started
-            for name, value in (
-                (f"{select} minADE", float(metrics.min_ade(found, truth).mean())),
-                (f"{select} minFDE", float(metrics.min_fde(found, truth).mean())),
-                (f"{select} ms/scene", 1000 * seconds / len(scenes)),
-            ):
-                numbers.setdefault(name, []).append(value)
-    return {name: statistics.fmean(values) for name, values in numbers.items()}
+            samples, present = forecaster.draw(batch, num_drawn(20, how), how, generator)
+            centroids = select(samples, 20, agent_mask=present, generator=generator).trajectories.cpu()
+            seconds += time.perf_counter() - started
+            mask, truth = batch.target_mask[:, : present.shape[1]], batch.future[batch.target_mask]
+            for name, drawn in (("samples", samples[:20].cpu()), ("centroids", centroids)):
+                parts.setdefault(f"{name} minADE", []).append(metrics.min_ade(drawn[:, mask], truth))
+                parts.setdefault(f"{name} minFDE", []).append(metrics.min_fde(drawn[:, mask], truth))
+        for name, found in parts.items():
+            errors.setdefault(name, []).append(torch.cat(found).double())
+    each = {name: torch.stack(found).mean(dim=0) for name, found in errors.items()}
+    numbers = {name: float(found.mean()) for name, found in each.items()}
+    numbers["ms/scene"] = 1000 * seconds / num_draws / len(scenes)
+    return numbers, {name.split()[0]: found for name, found in each.items() if name.endswith("minADE")}
 
 
 def shown(numbers: Mapping[str, float]) -> str:
@@ -214,10 +260,26 @@ def main() -> None:
     if (options.what == "steps") != (options.run is not None):
         parser.error("steps, and nothing else, needs a RUN")
     torch.set_num_threads(1)
+    try:
+        compare(options)
+    except NeuroclError as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Everything that is asked for and not there yet, and the table."""
+    settings: dict[str, Any] = {"dataset": options.dataset, "max scenes": options.max_scenes, "draws": options.draws}
+    if options.what == "steps":
+        settings |= {"dataset": RunFolder.open(options.run).config.get("dataset"), "run": str(options.run)}
+    else:
+        settings |= {"steps": options.steps}
+    if options.what == "priors":
+        settings |= {"prior steps": options.prior_steps}
     options.out.mkdir(parents=True, exist_ok=True)
-    kept = Kept(options.out / f"{options.what}-{options.dataset.replace(':', '-')}.json")
+    name = options.run.resolve().name if options.run else options.dataset.replace(":", "-")
+    kept = Kept(options.out / f"{options.what}-{name}.json", settings)
     {"priors": prior_arms, "steps": step_arms}.get(options.what, reconstruct_arms)(options, kept)
-    print(f"\n{options.dataset}, {options.steps} + {options.prior_steps} steps, {cpu_name()}\n")
+    print("\n" + ", ".join(f"{key} {value}" for key, value in settings.items()) + f", {cpu_name()}\n")
     print("\n".join(table(kept)))
 
 

@@ -28,7 +28,7 @@ class Recipe(Config):
 
     name: str
     summary: str
-    area: Literal["spiking", "continual"]
+    area: Literal["spiking", "continual", "trajectory", "federated"]
     source: str
     measured_by: Literal["authors", "neurocl"]
     expected: tuple[Expected, ...] = ()

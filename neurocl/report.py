@@ -123,6 +123,7 @@ def group(documents: Sequence[dict[str, Any]]) -> list[Row]:
             "area": document["area"],
             "dataset": _dataset(document),
             "tasks learnt": len(document["accuracy"]["class_il"]),
+            "without clients": tuple(document.get("unlearning", {}).get("clients", ())) or None,
         }
         for document in documents
     ]

@@ -161,7 +161,26 @@ def test_the_configuration_page_names_every_key():
     models += (trajectory.TrajectoryConfig, StageConfig, AugmentConfig)
     models += (federated.FederatedConfig, federated.PartitionConfig)
     keys = {name for model in models for name in model.model_fields}
+    keys |= {f"privacy.{key}" for key in federated.PrivacyConfig.model_fields}
     assert not {key for key in keys if f"`{key}`" not in page}
+
+
+def test_the_table_of_what_a_federated_server_learns_is_what_the_methods_say():
+    from neurocl.federated.method import FederatedMethod
+    from neurocl.federated.privacy import averages_only
+
+    def word(value):
+        return "yes" if value else "no"
+
+    page = (ROOT / "docs" / "explanation" / "federated-privacy.md").read_text(encoding="utf-8")
+    wanted = []
+    for entry in sorted(federated.FEDERATED.entries(), key=lambda entry: entry.name):
+        kind = federated.FEDERATED.load(entry.name)
+        private = averages_only(kind) and entry.name != "joint"  # which refuses: there are no clients
+        forgets = kind.forget is not FederatedMethod.forget
+        cells = (f"`{entry.name}`", kind.reveals, word(kind.sum_only), word(private), word(forgets))
+        wanted.append(f"| {' | '.join(cells)} |")
+    assert [line for line in page.splitlines() if line.startswith("| `")] == wanted
 
 
 def test_the_run_folder_page_names_every_key_of_a_result():

@@ -24,23 +24,30 @@ app = typer.Typer(
 DatasetOption = Annotated[str | None, typer.Option(help="See `neurocl federated methods`.", show_default="digits")]
 ClientsOption = Annotated[int | None, typer.Option(min=1, help="Number of clients.", show_default="5")]
 BetaOption = Annotated[
-    float | None, typer.Option(help="Of the Dirichlet split; less is more uneven.", show_default="0.5")
+    float | None,
+    typer.Option(help="How evenly samples are dealt: 0.05 very unevenly, 100 all alike.", show_default="0.5"),
 ]
-RoundsOption = Annotated[int | None, typer.Option(min=1, help="Of messages, per task.", show_default="3")]
-EpochsOption = Annotated[int | None, typer.Option(min=1, help="Of a client, per round.", show_default="3")]
+RoundsOption = Annotated[int | None, typer.Option(min=1, help="Rounds of messages per task.", show_default="3")]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Epochs of a client per round.", show_default="3")]
 LrOption = Annotated[float | None, typer.Option(help="Learning rate of the clients.", show_default="by method")]
 WorkersOption = Annotated[
     int | None, typer.Option(min=0, help="Processes that run clients; 0 for this one.", show_default="0")
 ]
-ConfigOption = Annotated[Path | None, typer.Option(help="YAML file with any keys.", show_default=False)]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with any keys; what it leaves out is as in the reference.", show_default=False),
+]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any key: options.rank=4, partition.kind=quantity ...", show_default=False),
+    typer.Option(
+        "--set", help="Any key; repeat it: options.rank=4, device=auto, batch_size=32 ...", show_default=False
+    ),
 ]
 DataOption = Annotated[
     Path | None, typer.Option(help="Folder with data sets.", envvar="NEUROCL_DATA", show_default="the user's cache")
 ]
-SmokeOption = Annotated[bool, typer.Option("--smoke", help="The whole path in seconds, on little data.")]
+SmokeOption = Annotated[bool, typer.Option("--smoke", help="Two clients, one round, one epoch: done in seconds.")]
+ResumeOption = Annotated[Path | None, typer.Option(help="Go on with this run, as it was set up.", show_default=False)]
 
 # Without options: minutes at most, and enough to see forgetting.
 DEMO: dict[str, Any] = {
@@ -68,7 +75,7 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.", show_default="0")] = None,
     runtime: Annotated[str, typer.Option(help="local, or flower-sim for Flower's simulation.")] = "local",
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/...")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run.", show_default=False)] = None,
+    resume: ResumeOption = None,
     smoke: SmokeOption = False,
     data_dir: DataOption = None,
     as_json: JsonOption = False,
@@ -85,6 +92,8 @@ def run(
         connect = simulating
     own = {key: value for key, value in (("method", method), ("seed", seed)) if value is not None}
     flags = {**flags_of(dataset, clients, beta, rounds, local_epochs, lr, workers, data_dir), **own}
+    if resume is not None:
+        refuse_changes(flags, config=config, set=assignments, smoke=smoke, out=out)
     settings = None if resume else config_of(config, flags, assignments, smoke)
     run_and_print(settings, out, resume, connect, as_json=as_json, quiet=quiet)
 
@@ -101,8 +110,11 @@ def run_and_print(
         as_json, quiet: as on the command line.
     """
     from neurocl.federated.driver import resume_federated, run_federated
+    from neurocl.runs import RunFolder
 
-    say = None if quiet else _Progress()
+    say = None if quiet else Progress()
+    if resume is not None and not quiet and RunFolder.open(resume).has_result():
+        typer.echo(f"{resume} was finished before; this is its result", err=True)
     if resume is not None:
         result, path = resume_federated(resume, say=say, connect=connect), resume
     else:
@@ -122,7 +134,8 @@ def run_and_print(
             f"{given['releases']} rounds (noise {given['noise']:g} x {given['clip']:g}, added by the {given['where']})"
         )
     typer.echo(f"Run: {path}")
-    typer.echo("Put other methods beside it: neurocl federated compare")
+    typer.echo(f"Next: neurocl report {path} --plots")
+    typer.echo("Or other methods: neurocl federated compare")
 
 
 @app.command()
@@ -139,7 +152,10 @@ def compare(
     config: ConfigOption = None,
     assignments: SetOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of all runs; finished ones are kept.", show_default="runs/...")
+        Path | None,
+        typer.Option(
+            help="Folder of all runs; give it again to go on, what is finished stays.", show_default="runs/..."
+        ),
     ] = None,
     smoke: SmokeOption = False,
     form: Annotated[str, typer.Option("--format", help="table, md, csv or json.")] = "table",
@@ -153,12 +169,16 @@ def compare(
     if form not in FORMATS:
         raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {form!r}")
     flags = flags_of(dataset, clients, beta, rounds, local_epochs, lr, workers, data_dir)
+    names = [name.strip() for name in methods.split(",")]
     configs = [
-        config_of(config, merged(flags, {"method": name.strip(), "seed": seed}), assignments, smoke)
-        for name in methods.split(",")
+        config_of(config, merged(flags, {"method": name, "seed": seed}), assignments, smoke)
+        for name in dict.fromkeys(name for name in names if name)
         for seed in _seeds(seeds)
     ]
-    found = measure(configs, out=out, say=None if quiet else _Progress())
+    if not configs:
+        raise UserError("--methods names no method")
+    _check_methods(configs)
+    found = measure(configs, out=out, say=None if quiet else Progress())
     rows = []
     for name, results in found.items():
         final = [result["metrics"]["class_il"]["final_average_accuracy"] for result in results]
@@ -214,7 +234,7 @@ def unlearn(
         repair=repair,
         out=out,
         in_place=in_place,
-        say=None if quiet else _Progress(),
+        say=None if quiet else Progress(),
     )
     if as_json:
         typer.echo(json.dumps({"run": str(path), **report}))
@@ -267,14 +287,55 @@ def flags_of(
     return {**found, "partition": own} if own else found
 
 
+def refuse_changes(flags: dict[str, Any], **others: Any) -> None:
+    """Nothing that would change a run may stand beside ``--resume``.
+
+    Raises:
+        UserError: names an option that does.
+    """
+    given = [*flags, *(name for name, value in others.items() if value)]
+    given = [name for name in given if name != "data_dir"]  # often set by the environment
+    if given:
+        inner = flags.get("partition", {})
+        name = ("clients" if "num_clients" in inner else "beta") if given[0] == "partition" else given[0]
+        raise UserError(f"--resume goes on with a run as it was set up; drop --{name.replace('_', '-')}")
+
+
+def check_dataset(name: str) -> None:
+    """A name of the catalogue, or ``module:function``.
+
+    Raises:
+        UserError: neither; the message says how a function of one's own is named.
+    """
+    module, colon, function = name.partition(":")
+    if colon and not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise UserError(f"a data set of your own is module:function such as my_file:waves, got {name!r}")
+    if not colon:
+        from neurocl.federated.catalog import PROBLEMS
+
+        PROBLEMS.entry(name)
+
+
+def _check_methods(configs: Sequence[Any]) -> None:
+    """A misspelt last method must not cost the runs of the first.
+
+    Raises:
+        UserError: an unknown method, or an option that one of them does not have.
+    """
+    from neurocl.config import validate
+    from neurocl.federated.catalog import FEDERATED
+
+    for config in configs:
+        validate(FEDERATED.load(config.method).Config, config.options, source=f"options of {config.method}")
+
+
 def config_of(file: Path | None, flags: dict[str, Any], assignments: list[str] | None, smoke: bool) -> Any:
     """The configuration: the demonstration's, the file, the options, ``--set``, the later ones winning.
 
     Raises:
-        UserError: an unknown key or a wrong value.
+        UserError: as :func:`checked`.
     """
-    from neurocl.config import merged, parse_overrides, read_yaml, validate
-    from neurocl.federated.config import FederatedConfig
+    from neurocl.config import parse_overrides, read_yaml
 
     layers: list[dict[str, Any]] = []
     own = read_yaml(file) if file else {}
@@ -283,8 +344,27 @@ def config_of(file: Path | None, flags: dict[str, Any], assignments: list[str] |
         if flags.get("dataset", "digits") != "digits":
             del demo["classes_per_task"]
         layers.append(demo)
-    layers += [own, SMOKE if smoke else {}, flags, parse_overrides(assignments or [])]
-    return validate(FederatedConfig, merged(*layers), source="federated")
+    return checked(*layers, own, SMOKE if smoke else {}, flags, parse_overrides(assignments or []))
+
+
+def checked(*layers: dict[str, Any]) -> Any:
+    """The configuration of layers, the later ones winning, with the device by its name.
+
+    Raises:
+        UserError: an unknown key or a wrong value, no such data set, folder or device.
+    """
+    from neurocl.config import merged, validate
+    from neurocl.federated.config import FederatedConfig
+
+    found = validate(FederatedConfig, merged(*layers), source="federated")
+    check_dataset(found.dataset)
+    if found.data_dir is not None and not found.data_dir.is_dir():
+        raise UserError(f"data_dir {found.data_dir} is not a folder")
+    if found.device == "cpu":
+        return found
+    from neurocl.devices import resolve_device
+
+    return found.model_copy(update={"device": str(resolve_device(found.device))})
 
 
 def _seeds(text: str) -> list[int]:
@@ -297,13 +377,13 @@ def _seeds(text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--seeds must be numbers such as 0,1,2, or how many, got {text!r}") from None
-    found = numbers if "," in text else list(range(numbers[0]))
+    found = list(dict.fromkeys(numbers)) if "," in text else list(range(numbers[0]))
     if not found or min(found) < 0:
         raise UserError(f"--seeds must be numbers such as 0,1,2, or how many, got {text!r}")
     return found
 
 
-class _Progress:
+class Progress:
     """A line on stderr for every task, and a running one for rounds on a terminal."""
 
     def __init__(self) -> None:
@@ -356,7 +436,7 @@ def _print_removal(report: dict[str, Any]) -> None:
         distance = report.get("distance", {}).get(name)
         rows.append([name, *cells, member, "" if distance is None else f"{distance:.3f}"])
     _print_rows(["accuracy %", *JUDGED.values(), "membership", "to gold"], rows, "table")
-    scales = ", ".join(f"{alpha:g} for client {client}" for client, alpha in report["alpha"].items())
+    scales = ", ".join(f"{alpha:.3g} for client {client}" for client, alpha in report["alpha"].items())
     used = report["bytes"]
     typer.echo(
         f"{report['mode']}{', alpha ' + scales if scales else ''}: {used['up'] / 1e6:.2f} MB up, "
@@ -390,9 +470,13 @@ def _print_rows(header: Sequence[str], rows: Sequence[Sequence[str]], form: str)
         from rich.console import Console
         from rich.table import Table
 
+        console = Console(highlight=False)
         table = Table(box=None, pad_edge=False, show_header=any(header))
+        # rich would fold cells and cut words
+        wide = sum(max(map(len, column)) + 2 for column in zip(header, *rows, strict=True)) > console.width + 2
         for index, column in enumerate(header):
-            table.add_column(column, justify="left" if index == 0 or not column else "right")
+            title = column.replace(" ", "\n") if wide else column
+            table.add_column(title, justify="left" if index == 0 or not column else "right")
         for row in rows:
             table.add_row(*row)
-        Console(highlight=False).print(table)
+        console.print(table)

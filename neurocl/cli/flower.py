@@ -44,7 +44,7 @@ def server(
     insecure: InsecureOption = False,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for clients.", rich_help_panel=NETWORK)] = 600.0,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/...")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run.", show_default=False)] = None,
+    resume: federated.ResumeOption = None,
     smoke: federated.SmokeOption = False,
     data_dir: federated.DataOption = None,
     as_json: JsonOption = False,
@@ -60,6 +60,8 @@ def server(
     own = {"method": method, "seed": seed}
     flags = federated.flags_of(dataset, clients, beta, rounds, local_epochs, lr, None, data_dir)
     flags |= {name: value for name, value in own.items() if value is not None}
+    if resume is not None:
+        federated.refuse_changes(flags, config=config, set=assignments, smoke=smoke, out=out)
     settings = None if resume else federated.config_of(config, flags, assignments, smoke)
     federated.run_and_print(settings, out, resume, connect, as_json=as_json, quiet=quiet)
 
@@ -79,17 +81,20 @@ def client(
     root_certificates: Annotated[Path | None, _file("Who signed the server's certificate.")] = None,
     auth_key: Annotated[Path | None, _file("This client's private key.")] = None,
     insecure: InsecureOption = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps or auto.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.", envvar="NEUROCL_THREADS")] = 1,
     quiet: QuietOption = False,
 ) -> None:
     """Take part in the runs of a server with the data of this machine, until stopped with Ctrl-C."""
+    from neurocl.devices import resolve_device
     from neurocl.federated.flower.client import Own
     from neurocl.federated.flower.node import join
     from neurocl.federated.flower.processes import Address
 
+    federated.check_dataset(dataset)
+    chosen = str(resolve_device(device))
     join(
-        Own(client=number, dataset=dataset, data_dir=data_dir, backbone=backbone, device=device, threads=threads),
+        Own(client=number, dataset=dataset, data_dir=data_dir, backbone=backbone, device=chosen, threads=threads),
         Address.parse(server),
         store or Path("runs") / f"client-{number}",
         root_certificates=root_certificates,

@@ -27,7 +27,7 @@ from neurocl.cli import (
     trajectory_plot,
 )
 from neurocl.compat.argument_help import ensure_argument_help
-from neurocl.errors import NeuroclError
+from neurocl.errors import Interrupted, NeuroclError
 
 app = typer.Typer(
     name="neurocl",
@@ -96,8 +96,13 @@ def main() -> None:
             raise
         typer.echo(f"neurocl: {error}", err=True)
         sys.exit(error.exit_code)
+    except SystemExit as end:
+        # Typer turns Ctrl-C into an exit without a word.
+        if end.code == Interrupted.exit_code:
+            typer.echo("neurocl: interrupted", err=True)
+        raise
     except KeyboardInterrupt:
         typer.echo("neurocl: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(Interrupted.exit_code)
     except BrokenPipeError:
         sys.exit(1)

@@ -51,7 +51,7 @@ def train(
     preset: Annotated[str, typer.Option(help="tiny, small or paper.")] = "small",
     faithful: Annotated[bool, typer.Option("--faithful", help="The paper's model, without our additions.")] = False,
     prior: Annotated[
-        str | None, typer.Option(help="diffusion, autoregressive or flow.", show_default="diffusion")
+        str | None, typer.Option(help="diffusion, autoregressive, flow or ddim.", show_default="diffusion")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Updates of each stage.", show_default="by preset")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with any keys.", show_default=False)] = None,
@@ -77,7 +77,7 @@ def train(
     from neurocl.trajectory import training
     from neurocl.trajectory.config import resolve
 
-    say = None if quiet else _Progress()
+    say = None if quiet else TrainingProgress()
     if resume is not None:
         result = training.resume(resume, say=say)
     else:
@@ -116,8 +116,8 @@ SMOKE: dict[str, Any] = {
 }
 
 
-class _Progress:
-    """Lines or a bar on stderr."""
+class TrainingProgress:
+    """Lines or a bar on stderr, for the ``say`` of a training run."""
 
     def __init__(self) -> None:
         import sys
@@ -307,6 +307,9 @@ def evaluate(
     miss_distance: Annotated[
         float | None, typer.Option(min=0, help="In the data's unit; for the miss rate.", show_default="2 m")
     ] = None,
+    drop_history: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Hide this share of the observed positions, from the baselines too.")
+    ] = 0.0,
     form: Annotated[str, typer.Option("--format", help="table, md, csv or json.")] = "table",
     out: Annotated[
         Path | None, typer.Option(help="Folder for evaluation.json and evaluation.md.", show_default=False)
@@ -344,6 +347,10 @@ def evaluate(
 
         order = torch.randperm(len(scenes), generator=generator_for(config.seed, 7))[:max_scenes]
         scenes = scenes.subset(order.sort().values)
+    if drop_history:
+        from neurocl.trajectory.augment import dropped
+
+        scenes = dropped(scenes, generator_for(config.seed, 10), drop_history)
     values = {"steps": steps, "sampler": sampler, "select": select, "joint": joint, "seed": seed}
     found = measure(
         forecaster,
@@ -355,7 +362,7 @@ def evaluate(
         miss=miss_distance,
         say=None if quiet else lambda name: typer.echo(f"measuring {name}", err=True),
     )
-    found.settings.update(run=str(run), split=split)
+    found.settings.update(run=str(run), split=split, **({"drop_history": drop_history} if drop_history else {}))
     if out is not None:
         found.write(out, markdown(found))
     _print_evaluation(found, form, horizons=horizons, quiet=quiet)

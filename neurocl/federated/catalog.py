@@ -74,12 +74,13 @@ def problem_for(config: FederatedConfig) -> Problem:
     """The problem of a configuration.
 
     Raises:
-        UserError: no such data set or method, data that are not there, or tasks or a partition that do not fit.
+        UserError: no such data set, method or device, data that are not there, or tasks or a partition that do not fit.
     """
+    from neurocl.devices import resolve_device
     from neurocl.federated.problem import Problem
 
     method: type[FederatedMethod] = FEDERATED.load(config.method)
-    config = method.arranged(config)
+    config = method.arranged(config).model_copy(update={"device": str(resolve_device(config.device))})
     return Problem(config, _source(config))
 
 

@@ -20,12 +20,15 @@ class PrivacyConfig(Config):
         delta: of the guarantee (epsilon, delta).
         where: ``server`` adds the noise once, to the sum, and has to be trusted with the replies; with ``client`` every
             reply carries all of it when it is sent, so that no reply tells much, and the sum has sqrt(m) times as much.
+        seeded: draw the noise from the run's seed, to repeat a run to the bit. Whoever knows the seed can take that
+            noise away again; otherwise it comes from a secret of the server or the client.
     """
 
     clip: Annotated[float, Field(gt=0)] = 1.0
     noise: Annotated[float, Field(gt=0)] = 1.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     where: Literal["server", "client"] = "server"
+    seeded: bool = False
 
 
 class FederatedConfig(Config):

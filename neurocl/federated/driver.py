@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,9 @@ class FederatedRun:
         self.say = say or (lambda record: None)
         self.progress = Progress()
         self.state = Payload()
+        #: clients that are not asked any more, and how the last of them were taken out
+        self.removed: frozenset[int] = frozenset()
+        self.unlearning: dict[str, Any] | None = None
 
     def run(self) -> dict[str, Any]:
         """All rounds that are left; returns the result document.
@@ -127,6 +131,9 @@ class FederatedRun:
 
     def participants(self, place: Place) -> list[int]:
         """The clients that take part in a round, sorted."""
+        return [client for client in self._drawn(place) if client not in self.removed]
+
+    def _drawn(self, place: Place) -> list[int]:
         config, count = self.problem.config, self.problem.num_clients
         if not place.phase.train or config.participation >= 1:
             return list(range(count))
@@ -161,7 +168,8 @@ class FederatedRun:
             self.stores.discard(failure.client for failure in rejected)
         for failure in failures:
             progress.failures[failure.kind] = progress.failures.get(failure.kind, 0) + 1
-        if len(replies) >= config.min_clients:
+        # With privacy a round to which nobody came must look like any other: noise on a sum of nothing.
+        if len(replies) >= config.min_clients or (config.privacy is not None and not asked):
             self.state = self.method.aggregate(self.state, place, replies)
             progress.lost = 0
         elif asked:
@@ -230,8 +238,13 @@ class FederatedRun:
     def _save(self) -> None:
         if self.folder is not None:
             tensors = {name: torch.from_numpy(np.array(array)) for name, array in self.state.arrays.items()}
-            self.folder.save_checkpoint(tensors, {"meta": self.state.meta, "progress": self.progress.__dict__})
+            self.folder.save_checkpoint(tensors, self.saved())
         self.stores.commit()
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the arrays of the state."""
+        gone = {"removed": sorted(self.removed), "unlearning": self.unlearning} if self.removed else {}
+        return {"meta": self.state.meta, "progress": self.progress.__dict__, **gone}
 
     def load(self) -> None:
         """Take up the last saved round.
@@ -245,6 +258,8 @@ class FederatedRun:
         arrays = {name: value.numpy() for name, value in checkpoint.tensors.items()}
         self.state = Payload(arrays, checkpoint.state["meta"])
         self.progress = Progress(**checkpoint.state["progress"])
+        self.removed = frozenset(checkpoint.state.get("removed", ()))
+        self.unlearning = checkpoint.state.get("unlearning")
 
     def _result(self) -> dict[str, Any]:
         progress, config = self.progress, self.problem.config
@@ -258,6 +273,7 @@ class FederatedRun:
         accuracies = metrics.client_accuracies(own[:, 0], own[:, 1])
         if own[:, 1].any():
             found |= metrics.client_fairness(accuracies)
+        gone = {"unlearning": self.unlearning} if self.unlearning is not None else {}
         private = {"privacy": spent(self.state, config.privacy, config.participation)} if config.privacy else {}
         return {
             "status": "finished",
@@ -276,6 +292,7 @@ class FederatedRun:
             "bytes": {"up": progress.bytes_up, "down": progress.bytes_down},
             "failures": progress.failures,
             **private,
+            **gone,
             "seconds": {"total": progress.seconds},
             "machine": machine(torch.device(config.device)),
             "memory_mb": peak_memory_mb(torch.device(config.device)),
@@ -321,7 +338,13 @@ def run_federated(
         Interrupted: stopped by the user; everything is saved.
     """
     folder = RunFolder.create(out, stem=f"federated-{config.method}-{config.dataset}-{config.seed}")
-    return _run(config, folder, say, faults, connect, fresh=True), folder.path
+    try:
+        return _run(config, folder, say, faults, connect, fresh=True), folder.path
+    except BaseException:
+        if not (folder.path / "config.yaml").exists():
+            # Nothing began: the next attempt may have the same name.
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
 
 
 def resume_federated(path: Path, *, say: Say | None = None, connect: Connect | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from neurocl.errors import NeuroclError
 from neurocl.federated.config import FederatedConfig
 from neurocl.federated.method import Client, FederatedMethod, Place, Reply, Store
-from neurocl.federated.payload import Payload, check_finite, decode, encode
+from neurocl.federated.payload import LARGEST_NUMBER, Payload, check_bounded, check_finite, decode, encode
 from neurocl.federated.problem import Problem
 from neurocl.runs import make_folder, write_error
 
@@ -169,6 +169,9 @@ def checked(client: int, data: bytes, limit: int = LARGEST_REPLY) -> Reply | Fai
     name = check_finite(payload)
     if name is not None:
         return Failure(client, "not-finite", f"{name} holds NaN or infinity")
+    name = check_bounded(payload)
+    if name is not None:
+        return Failure(client, "malformed", f"{name} holds a number beyond {LARGEST_NUMBER:.0e}")
     count = payload.meta.get("n")
     if not isinstance(count, int | float) or isinstance(count, bool) or count < 0:
         return Failure(client, "malformed", "the reply does not say how many samples stand behind it")

@@ -35,6 +35,8 @@ MAX_BYTES = 2 << 30
 MAX_HEADER_BYTES = 4 << 20
 MAX_DIMENSIONS = 32
 MAX_NAME_LENGTH = 512
+#: beyond it a reply is taken for an accident or an attack
+LARGEST_NUMBER = 10**18
 
 _MAGIC = b"NCLP"
 _VERSION = 1
@@ -275,6 +277,21 @@ def check_finite(payload: Payload) -> str | None:
     """Name of the first array (by name) that holds NaN or infinity, None if all numbers are finite."""
     for name, array in payload.arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
+            return name
+    return None
+
+
+def check_bounded(payload: Payload) -> str | None:
+    """Name of the first array or number of ``meta`` beyond ``LARGEST_NUMBER``, None if there is none.
+
+    Sums, squares and products of larger numbers overflow in float32 or int64, and a server's state with them.
+    """
+    for name, array in payload.arrays.items():
+        # Not abs, under which the smallest integer stays negative.
+        if array.size and array.dtype != np.bool_ and (array.max() > LARGEST_NUMBER or array.min() < -LARGEST_NUMBER):
+            return name
+    for name, value in payload.meta.items():
+        if any(not isinstance(item, str) and abs(item) > LARGEST_NUMBER for item in _as_list(value)):  # type: ignore[arg-type]
             return name
     return None
 

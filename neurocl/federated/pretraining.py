@@ -20,6 +20,7 @@ from neurocl.data.locate import cache_dir
 from neurocl.federated.method import Samples
 from neurocl.federated.network import Classifier
 from neurocl.federated.randomness import torch_stream
+from neurocl.runs import make_folder, write_error
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ def pretrained(recipe: Recipe, build: Callable[[], Classifier], samples: Samples
         recipe: how.
         build: makes the network, with a head over all classes of the samples.
         samples: to train on.
+
+    Raises:
+        RunError: the cache cannot be written.
     """
     key = json.dumps([asdict(recipe), torch.__version__, list(samples.x.shape), float(samples.x.double().sum())])
     kept = cache_dir() / "federated" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
@@ -85,11 +89,14 @@ def _train(network: Classifier, recipe: Recipe, samples: Samples) -> None:
 
 
 def _keep(path: Path, state: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    make_folder(path.parent)
     try:
-        save_file(state, name)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{path.stem}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        try:
+            save_file(state, name)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from None

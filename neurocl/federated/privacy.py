@@ -4,8 +4,11 @@
 multiplier, ``m = q K``.
 
 Every client's change (all its trained arrays as one vector) is scaled to a norm of at most C; the server takes the sum
-over the replies, adds noise of standard deviation z C and divides by m, whoever answered. Counts of samples are not
-sent: all clients weigh the same.
+over the replies, adds noise of standard deviation z C and divides by m, whoever answered, also if nobody was to. Counts
+of samples are not sent: all clients weigh the same.
+
+The noise must be a secret: it is drawn from a key that the server keeps in its state, and never sends, or the client in
+its store.
 
 Reference: McMahan et al., "Learning differentially private recurrent language models", ICLR 2018, arXiv 1710.06963;
 accounted with the Rényi accountant of Opacus (Mironov et al., "Rényi differential privacy of the sampled Gaussian
@@ -15,8 +18,10 @@ mechanism", 2019, arXiv 1908.10530).
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
+from zlib import crc32
 
 import numpy as np
 
@@ -28,6 +33,9 @@ from neurocl.federated.payload import Payload
 from neurocl.federated.randomness import stream
 
 RELEASES = "privacy.releases"  # rounds in which noisy sums were taken, in the server's state
+KEY = "privacy.key"  # of the noise: hexadecimal in the server's state, 32 bytes in a client's store
+KEY_BYTES = 32
+OWN = (RELEASES, KEY)
 
 
 class PrivateMethod(FederatedMethod):
@@ -38,7 +46,8 @@ class PrivateMethod(FederatedMethod):
         config: of the privacy.
 
     Raises:
-        UserError: a method that needs more of its clients than an average, or no accountant.
+        UserError: a method that needs more of its clients than an average, clients that do not come independently of
+            each other, or no accountant.
     """
 
     def __init__(self, inner: FederatedMethod, config: PrivacyConfig) -> None:
@@ -48,6 +57,11 @@ class PrivateMethod(FederatedMethod):
                 f"privacy covers methods that only average what clients trained, such as fedavg, fedprox and lora; "
                 f"{self.problem.config.method} needs more of them"
             )
+        run = self.problem.config
+        if run.participation < 1 and run.participation_per == "task":
+            raise UserError("privacy counts on clients drawn anew in every round: set participation_per to round")
+        if run.participation < 1 and run.min_clients > 1:
+            raise UserError("with privacy a round of few clients must not be told from others: set min_clients to 1")
         epsilon(1, config.noise, 1.0, config.delta)  # without an accountant nothing begins
         self.inner = inner
         self.privacy = config
@@ -57,13 +71,15 @@ class PrivateMethod(FederatedMethod):
 
     def initial_state(self) -> Payload:
         state = self.inner.initial_state()
-        return Payload(state.arrays, {**state.meta, RELEASES: 0})
+        key = {} if self.privacy.seeded else {KEY: os.urandom(KEY_BYTES).hex()}
+        return Payload(state.arrays, {**state.meta, RELEASES: 0, **key})
 
     def begin_task(self, state: Payload, task: Task) -> Payload:
         return _counted(self.inner.begin_task(state, task), state, 0)
 
     def message(self, state: Payload, place: Place) -> Payload:
-        return self.inner.message(state, place)
+        message = self.inner.message(state, place)
+        return Payload(message.arrays, {name: value for name, value in message.meta.items() if name not in OWN})
 
     def client(self, client: Client, place: Place, message: Payload) -> Payload:
         reply = self.inner.client(client, place, message)
@@ -71,33 +87,46 @@ class PrivateMethod(FederatedMethod):
         trained = reply.arrays or {name: message.arrays[name] for name in self.inner.expected(message, place)}
         changes = clipped(_changes(trained, message), self.privacy.clip)
         if self.privacy.where == "client":
-            rng = stream(client.seed, f"privacy {place.phase.name}", place.task.index, place.round, client.number)
+            rng = self._client_noise(client, place)
             changes = noisy(changes, self.privacy.noise * self.privacy.clip, rng)
         return Payload(_applied(message, changes, 1.0), {"n": 1})
 
     def aggregate(self, state: Payload, place: Place, replies: Sequence[Reply]) -> Payload:
-        """The inner method's mean of the replies, which is made to be (sum of changes + noise) / m."""
+        """The inner method's mean of one reply, which is made to hold (sum of changes + noise) / m."""
         message = self.inner.message(state, place)
-        config = self.problem.config
+        config, server = self.problem.config, self.privacy.where == "server"
         expected = config.participation * self.problem.num_clients if place.phase.train else self.problem.num_clients
-        count = len(replies)
-        rng = stream(config.seed, f"server privacy {place.phase.name}", place.task.index, place.round)
-        changed = []
+        total = {name: np.zeros(message.arrays[name].shape) for name in self.inner.expected(state, place)}
         for reply in replies:
+            changes = _changes({name: reply.payload.arrays[name] for name in total}, message)
             # A client that does not keep to the norm is not believed; noise that it added itself stays.
-            changes = _changes(reply.payload.arrays, message)
-            if self.privacy.where == "server":
-                changes = clipped(changes, self.privacy.clip)
-                changes = noisy(changes, self.privacy.noise * self.privacy.clip / math.sqrt(count), rng)
-            payload = Payload(_applied(message, changes, count / expected), {"n": 1})
-            changed.append(Reply(reply.client, payload))
-        return _counted(self.inner.aggregate(state, place, changed), state, 1)
+            changes = clipped(changes, self.privacy.clip) if server else changes
+            total = {name: value + changes[name] for name, value in total.items()}
+        if server:
+            total = noisy(total, self.privacy.noise * self.privacy.clip, self._server_noise(state, place))
+        mean = Reply(0, Payload(_applied(message, total, 1 / expected), {"n": 1}))
+        # Replies with noise of their own have been seen also if their round is lost: see end_task.
+        return _counted(self.inner.aggregate(state, place, [mean]), state, int(server))
+
+    def _server_noise(self, state: Payload, place: Place) -> np.random.Generator:
+        phase, task, number = place.key
+        if self.privacy.seeded:
+            return stream(self.problem.config.seed, f"server privacy {phase}", task, number)
+        return secret_stream(bytes.fromhex(str(state.meta[KEY])), phase, task, number)
+
+    def _client_noise(self, client: Client, place: Place) -> np.random.Generator:
+        phase, task, number = place.key
+        if self.privacy.seeded:
+            return stream(client.seed, f"privacy {phase}", task, number, client.number)
+        key = client.store.setdefault(KEY, np.frombuffer(os.urandom(KEY_BYTES), dtype=np.uint8).copy())
+        return secret_stream(key.tobytes(), phase, task, number)
 
     def objection(self, state: Payload, place: Place, reply: Payload) -> str:
         return self.inner.objection(state, place, reply)
 
     def end_task(self, state: Payload, task: Task) -> Payload:
-        return _counted(self.inner.end_task(state, task), state, 0)
+        seen = sum(phase.rounds for phase in self.phases(task)) if self.privacy.where == "client" else 0
+        return _counted(self.inner.end_task(state, task), state, seen)
 
     def predictor(self, state: Payload, task: Task) -> Predictor:
         return self.inner.predictor(state, task)
@@ -123,6 +152,12 @@ def clipped(changes: Store, norm: float) -> Store:
 def noisy(changes: Store, deviation: float, rng: np.random.Generator) -> Store:
     """The same arrays with independent Gaussian noise."""
     return {name: change + deviation * rng.standard_normal(change.shape) for name, change in changes.items()}
+
+
+def secret_stream(key: bytes, phase: str, task: int, number: int) -> np.random.Generator:
+    """Noise of one round that only the owner of the key can draw."""
+    words = [int.from_bytes(key, "little"), crc32(phase.encode()), task, number]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 
 def epsilon(releases: int, noise: float, rate: float, delta: float) -> float:
@@ -181,4 +216,5 @@ def _applied(message: Payload, changes: Store, factor: float) -> Store:
 
 
 def _counted(state: Payload, before: Payload, more: int) -> Payload:
-    return Payload(state.arrays, {**state.meta, RELEASES: int(before.meta[RELEASES]) + more})  # type: ignore[arg-type]
+    own = {name: before.meta[name] for name in OWN if name in before.meta}
+    return Payload(state.arrays, {**state.meta, **own, RELEASES: int(before.meta[RELEASES]) + more})  # type: ignore[arg-type]

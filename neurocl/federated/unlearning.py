@@ -26,7 +26,15 @@ from torch import Tensor
 
 from neurocl.errors import RunError, UserError
 from neurocl.federated.catalog import method_for, problem_for
-from neurocl.federated.driver import Connect, FederatedRun, Progress, Say, count_correct, load_federated_config
+from neurocl.federated.driver import (
+    REMOTE,
+    Connect,
+    FederatedRun,
+    Progress,
+    Say,
+    count_correct,
+    load_federated_config,
+)
 from neurocl.federated.exchange import Exchange, ProcessExchange, SequentialExchange, Stores
 from neurocl.federated.local_training import EVALUATION_BATCH, batches
 from neurocl.federated.method import FederatedMethod, Place, Predictor, Reply, Samples, Store
@@ -44,7 +52,7 @@ OWN_SHARE = 0.6
 
 
 class Remaining(FederatedRun):
-    """A run that does not ask some of the clients, kept in memory.
+    """A run without some of the clients, kept in memory.
 
     Args:
         problem, method, exchange, stores, say: as of any run.
@@ -63,9 +71,6 @@ class Remaining(FederatedRun):
     ) -> None:
         super().__init__(problem, method, exchange, stores, say=say)
         self.removed = removed
-
-    def participants(self, place: Place) -> list[int]:
-        return [client for client in super().participants(place) if client not in self.removed]
 
     def repair(self) -> None:
         """One more round of the last task, with those who remain."""
@@ -253,14 +258,15 @@ def _votes(
     run: FederatedRun, method: Tangent, clients: Sequence[int], vector: Store, removal: Removal
 ) -> NDArray[np.int64]:
     """Right answers of the remaining clients at every scale, [A]."""
-    gone = {*clients, *(run.removed if isinstance(run, Remaining) else ())}
+    gone = {*clients, *run.removed}
     arrays = {VECTOR + name: array.astype(np.float32) for name, array in vector.items()}
     message = Payload({**method.tau(run.state), **arrays, ALPHAS: np.array(SCALES)})
     asked = [client for client in range(run.problem.num_clients) if client not in gone]
     total = np.zeros(len(SCALES), dtype=np.int64)
     for task in run.problem.tasks:
         for reply in _ask(run, Place(task, CONTROL, 0), dict.fromkeys(asked, message), removal):
-            total += reply.payload.arrays[RIGHT]
+            if RIGHT in reply.payload.arrays:
+                total += reply.payload.arrays[RIGHT]
     return total
 
 
@@ -277,7 +283,9 @@ def _ask(run: FederatedRun, place: Place, messages: dict[int, Payload], removal:
     removal.bytes_up += sum(num_bytes(reply.payload) for reply in outcome.replies)
     told = [f"client {item.client} {item.kind}: {item.text}" for item in outcome.failures]
     for reply in outcome.replies:
-        reason = run.method.objection(run.state, place, reply.payload) if reply.payload.meta["n"] else ""
+        # Who has no samples need not send anything.
+        said = reply.payload.meta["n"] or reply.payload.arrays
+        reason = run.method.objection(run.state, place, reply.payload) if said else ""
         told += [f"client {reply.client} malformed: {reason}"] if reason else []
     if told:
         raise RunError(f"nothing was removed, {told[0]}; --mode ledger needs no help of the client")
@@ -418,6 +426,8 @@ def unlearn(
     config = load_federated_config(folder)
     if not folder.has_result() or not folder.has_checkpoint():
         raise UserError(f"{path} is not finished; finish it with neurocl federated run --resume {path}")
+    if connect is None and (path / REMOTE).exists():
+        raise UserError(f"{path} ran on Flower: the samples of its clients, to judge by, are not in this process")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     checkpoint = folder.load_checkpoint()
@@ -568,7 +578,8 @@ def _save(
     run: Remaining, folder: RunFolder, target: RunFolder, report: dict[str, Any], log: Sequence[dict[str, Any]]
 ) -> None:
     """Write the run without the clients; the checkpoint, which makes it so, after everything that must be gone."""
-    document = {**run.judged(), "unlearning": report}
+    run.unlearning = report
+    document = run.judged()
     records = [*(_without(record, run.removed) for record in folder.read_metrics()), *log]
     records.append({"event": "unlearning", **report})
     if target is not folder:
@@ -583,8 +594,7 @@ def _save(
             stores.write(client, run.stores.latest(client))
     stores.commit()
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in run.state.arrays.items()}
-    kept = {"meta": run.state.meta, "progress": run.progress.__dict__, "removed": sorted(run.removed)}
-    target.save_checkpoint(tensors, kept)
+    target.save_checkpoint(tensors, run.saved())
     target.write_result(document)
 
 

@@ -1,4 +1,4 @@
-"""Random changes to scenes for training: turning, mirroring, forgetting and shaking, each scene on its own.
+"""Random changes to scenes for training: turning, mirroring, forgetting, shaking and leaving out, scene by scene.
 
 ``S`` scenes, ``A`` agents, ``T_o`` observed steps. Everything draws on the CPU from the generator given, so that
 results are the same on every device.
@@ -27,8 +27,9 @@ def augmented(
     drop: float = 0.0,
     shorten: float = 0.0,
     jitter: float = 0.0,
+    absent: float = 0.0,
 ) -> Scenes:
-    """Several of the changes below, in the order turn, mirror, shake, drop, shorten.
+    """Several of the changes below, in the order turn, mirror, leave out, shake, drop, shorten.
 
     Args:
         scenes: a batch; it stays as it is.
@@ -39,11 +40,12 @@ def augmented(
         drop: see :func:`dropped`.
         shorten: see :func:`shortened`.
         jitter: see :func:`jittered`.
+        absent: see :func:`thinned`.
 
     Raises:
         UserError: a probability that is not in 0 to 1, or negative degrees or noise.
     """
-    for value, what in ((drop, "drop"), (shorten, "shorten")):
+    for value, what in ((drop, "drop"), (shorten, "shorten"), (absent, "absent")):
         if not 0 <= value <= 1:
             raise UserError(f"{what} must be from 0 to 1, got {value}")
     for value, what in ((rotation, "rotation"), (jitter, "jitter")):
@@ -53,6 +55,8 @@ def augmented(
         scenes = rotated(scenes, generator, rotation)
     if reflection:
         scenes = reflected(scenes, generator, field)
+    if absent:
+        scenes = thinned(scenes, generator, absent)
     if jitter:
         scenes = jittered(scenes, generator, jitter)
     if drop:
@@ -88,6 +92,26 @@ def reflected(scenes: Scenes, generator: torch.Generator, field: Sequence[float]
         centre = torch.tensor([[field[0] / 2, field[1] / 2]], dtype=torch.float64, device=scenes.past.device)
         centre = centre.expand(len(scenes), 2)
     return _moved(scenes, torch.diag_embed(sign), centre)
+
+
+def thinned(scenes: Scenes, generator: torch.Generator, probability: float) -> Scenes:
+    """Leave agents out with this probability, as where nobody noticed them; one random target of each scene stays."""
+    draw = torch.rand(scenes.agent_mask.shape, generator=generator)
+    stays = torch.rand(scenes.agent_mask.shape, generator=generator).masked_fill(~scenes.target_mask.cpu(), -1)
+    kept = draw >= probability
+    kept.scatter_(1, stays.argmax(dim=1, keepdim=True), True)
+    kept = kept.to(scenes.past.device)
+    past_mask = scenes.past_mask & kept[..., None]
+    future_mask = scenes.future_mask & kept[..., None]
+    return replace(
+        scenes,
+        agent_mask=scenes.agent_mask & kept,
+        target_mask=scenes.target_mask & kept,
+        past_mask=past_mask,
+        future_mask=future_mask,
+        past=torch.where(past_mask[..., None], scenes.past, 0.0),
+        future=torch.where(future_mask[..., None], scenes.future, 0.0),
+    )
 
 
 def jittered(scenes: Scenes, generator: torch.Generator, deviation: float) -> Scenes:

@@ -37,9 +37,25 @@ class Baseline(Protocol):
 
 
 def target_tracks(scenes: Scenes) -> tuple[torch.Tensor, torch.Tensor]:
-    """Past [M, T_o, 2] and future [M, T_p, 2] of all agents that metrics count, in float64."""
+    """Past [M, T_o, 2] and future [M, T_p, 2] of all agents that metrics count, in float64; gaps in the past filled."""
     chosen = scenes.target_mask
-    return scenes.past[chosen].double(), scenes.future[chosen].double()
+    past, seen = scenes.past[chosen].double(), scenes.past_mask[chosen]
+    return past if bool(seen.all()) else filled(past, seen), scenes.future[chosen].double()
+
+
+def filled(past: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Positions [M, T, 2] with those that were not seen, bool [M, T], on the line between the nearest that were.
+
+    Before the first and after the last one seen it stands still.
+    """
+    steps = torch.arange(past.shape[1])
+    before = torch.where(seen, steps, -1).cummax(dim=1).values
+    after = torch.where(seen, steps, len(steps)).flip(1).cummin(dim=1).values.flip(1)
+    left = torch.where(before < 0, after, before).clamp(max=len(steps) - 1)
+    right = torch.where(after == len(steps), before, after).clamp(min=0)
+    share = ((steps - left).double() / (right - left).clamp(min=1))[..., None]
+    start, end = (past.gather(1, row[..., None].expand(-1, -1, 2)) for row in (left, right))
+    return start + share * (end - start)
 
 
 class Stationary:

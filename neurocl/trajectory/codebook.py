@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from neurocl.trajectory.blocks import Attention, sinusoidal_positions
 
-Estimator = Literal["ste", "rotation"]
+Estimator = Literal["ste", "rotation", "gumbel"]
 # The library compares every latent with a codebook of its own; slices keep that table small.
 AGENTS_PER_SLICE = 64
+GUMBEL_TEMPERATURE = 0.1  # squared distance in latents by which the likelihood of a code falls to 1 / e
+DEAD = 0.1  # share of its due below which a code counts as dead
+NUDGE = 0.05  # of a revived code, against the length of the one it starts from
 
 
 class InstanceCodebook(nn.Module):
@@ -86,6 +89,31 @@ class InstanceCodebook(nn.Module):
         books: Tensor = projected.expand(shape) if projected.ndim == 2 else projected.view(shape)
         return books
 
+    @torch.no_grad()
+    def revive(self, counts: Tensor, generator: torch.Generator) -> int:
+        """Let codes that are hardly used begin again beside busy ones, which so share their work; how many there were.
+
+        A code is dead if it is used less than a tenth as often as it would be if all were used alike. It takes the
+        static row of a busy code, slightly changed, and its column of A, so that it follows it for every agent. Latents
+        themselves, which is where libraries let codes begin again, are of another space here.
+
+        Args:
+            counts: how often each code is used, [K].
+            generator: of the choice and the change, on the CPU.
+        """
+        counts = counts.cpu().double()
+        unused = counts * self.num_codes < DEAD * counts.sum()
+        dead = unused.nonzero()[:, 0]
+        if not len(dead):
+            return 0
+        busy = torch.multinomial(counts.masked_fill(unused, 0), len(dead), replacement=True, generator=generator)
+        rows = _unit_rows(self.static[busy])
+        noise = torch.randn(rows.shape, generator=generator).to(rows)
+        self.static[dead] = rows + NUDGE * _unit_rows(noise)
+        if self.rank:
+            self.A[:, dead] = self.A[:, busy]
+        return len(dead)
+
 
 def _unit_rows(x: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -115,10 +143,13 @@ class InstanceQuantiser(nn.Module):
     Args:
         code_dim: d_z.
         num_codes: K.
-        estimator: gradient to the latents: copied straight through, or rotated with the code.
+        estimator: gradient to the latents: copied straight through (``ste``), rotated with the code (``rotation``), or
+            of codes that are drawn while training, the nearer the likelier (``gumbel``), where the decoder's error
+            reaches the codebook too.
 
     Reference: van den Oord et al., "Neural discrete representation learning", NeurIPS 2017, arXiv 1711.00937; Fifty et
-    al., "Restructuring vector quantization with the rotation trick", ICLR 2025, arXiv 2410.06424.
+    al., "Restructuring vector quantization with the rotation trick", ICLR 2025, arXiv 2410.06424; Jang et al.,
+    "Categorical reparameterization with Gumbel-softmax", ICLR 2017, arXiv 1611.01144.
     """
 
     def __init__(self, code_dim: int, num_codes: int, estimator: Estimator = "ste") -> None:
@@ -139,7 +170,9 @@ class InstanceQuantiser(nn.Module):
         self.search.requires_grad_(False)
 
     def forward(self, latents: Tensor, codebook: Tensor) -> Quantised:
-        """Latents [S, A, T, d_z] and codebooks [S, A, K, d_z]."""
+        """Latents [S, A, T, d_z] and codebooks [S, A, K, d_z]; ``gumbel`` draws from torch's own generator."""
+        if self.estimator == "gumbel" and self.training:
+            return self._drawn(latents, codebook)
         indices = self.indices(latents, codebook)
         codes = gather_codes(codebook, indices[None])[0]
         return Quantised(self._estimate(latents, codes), codes, indices)
@@ -156,6 +189,12 @@ class InstanceQuantiser(nn.Module):
             )
             found.append(index)
         return torch.cat(found).view(latents.shape[:-1])
+
+    def _drawn(self, latents: Tensor, codebook: Tensor) -> Quantised:
+        near = -(latents[..., None, :] - codebook[:, :, None]).square().sum(dim=-1) / GUMBEL_TEMPERATURE
+        chosen = nn.functional.gumbel_softmax(near, hard=True)
+        indices = chosen.argmax(dim=-1)
+        return Quantised(chosen @ codebook, gather_codes(codebook, indices[None])[0], indices)
 
     def _estimate(self, latents: Tensor, codes: Tensor) -> Tensor:
         if self.estimator == "rotation":

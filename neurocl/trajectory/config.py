@@ -15,7 +15,7 @@ from neurocl.errors import UserError
 from neurocl.registry import did_you_mean
 
 Preset = Literal["tiny", "small", "paper"]
-Prior = Literal["diffusion", "autoregressive", "flow"]
+Prior = Literal["diffusion", "autoregressive", "flow", "ddim"]
 
 
 class StageConfig(Config):
@@ -26,6 +26,7 @@ class StageConfig(Config):
         batch_size: scenes in a step; None takes what suits the data set.
         lr: highest learning rate; it falls to a hundredth of it along a cosine.
         weight_decay: of AdamW.
+        betas: of AdamW.
         clip: largest norm of the gradient.
         ema: decay of the averaged weights that are kept.
         validate_every: steps between looks at the validation scenes, of which the best averaged weights win; None for
@@ -36,6 +37,7 @@ class StageConfig(Config):
     batch_size: Annotated[int, Field(ge=1)] | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     validate_every: Annotated[int, Field(ge=1)] | None = None
@@ -49,6 +51,7 @@ class AugmentConfig(Config):
     field: tuple[float, float] | None = None
     drop: Annotated[float, Field(ge=0, le=1)] = 0.0
     shorten: Annotated[float, Field(ge=0, le=1)] = 0.0
+    absent: Annotated[float, Field(ge=0, lt=1)] = 0.0
     jitter: Annotated[float, Field(ge=0)] = 0.0
 
 
@@ -63,14 +66,18 @@ class TrajectoryConfig(Config):
         faithful: the paper's model: 16 codes, no geometry, agents forecast apart.
         model: overrides of :class:`neurocl.trajectory.vqvae.VqVaeConfig`.
         trunk: overrides of :class:`neurocl.trajectory.denoiser.TrunkConfig`.
-        prior: how codes are forecast.
+        prior: how codes are forecast: ``diffusion`` of indices, one index after the other (``autoregressive``), or the
+            codes as vectors, by flow matching (``flow``) or a continuous diffusion (``ddim``).
         diffusion_steps: T.
+        schedule: of the diffusion; ``cosine`` replaces codes now and then, ``linear`` hardly ever.
         loss: of the diffusion.
+        drop_past: share of the scenes whose past stage 2 is not shown, for forecasts drawn with ``guidance``.
         stage1, stage2: budgets.
         augment: None takes what suits the data set.
         max_agents: of fuller training scenes, a random agent and those nearest to it; None takes what suits the data.
         scale: units of the data that make one unit of the network; None takes what suits the data set.
         strength_from, strength_to: share of stage 1 at which the instance part of the codebook begins and is complete.
+        revive_every: updates between revivals of dead codes in the first half of stage 1; 0 for none.
         max_validation_scenes: scenes used for model selection.
         seed, device, precision, threads: of the run.
     """
@@ -86,7 +93,9 @@ class TrajectoryConfig(Config):
     trunk: dict[str, Any] = Field(default_factory=dict)
     prior: Prior = "diffusion"
     diffusion_steps: Annotated[int, Field(ge=2)] = 100
+    schedule: Literal["linear", "cosine"] = "linear"
     loss: Literal["weighted_ce", "kl"] = "weighted_ce"
+    drop_past: Annotated[float, Field(ge=0, lt=1)] = 0.0
     stage1: StageConfig = StageConfig()
     stage2: StageConfig = StageConfig()
     augment: AugmentConfig | None = None
@@ -94,6 +103,7 @@ class TrajectoryConfig(Config):
     scale: Annotated[float, Field(gt=0)] | None = None
     strength_from: Annotated[float, Field(ge=0, le=1)] = 0.15
     strength_to: Annotated[float, Field(ge=0, le=1)] = 0.5
+    revive_every: Annotated[int, Field(ge=0)] = 0
     max_validation_scenes: Annotated[int, Field(ge=1)] = 500
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
@@ -104,6 +114,8 @@ class TrajectoryConfig(Config):
     def _ordered(self) -> TrajectoryConfig:
         if self.strength_from > self.strength_to:
             raise ValueError("strength_from must not exceed strength_to")
+        if self.drop_past and self.prior != "diffusion":
+            raise ValueError(f"drop_past is for the diffusion prior, not for {self.prior}")
         return self
 
 
@@ -118,8 +130,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
     "paper": {
         "faithful": True,
-        "stage1": {"steps": 150_000, "batch_size": 256, "lr": 5e-4, "validate_every": 5000},
-        "stage2": {"steps": 60_000, "batch_size": 256, "lr": 1e-3, "validate_every": 5000},
+        "stage1": {"steps": 150_000, "batch_size": 256, "lr": 5e-4, "betas": (0.5, 0.9), "validate_every": 5000},
+        "stage2": {"steps": 60_000, "batch_size": 256, "lr": 1e-3, "betas": (0.9, 0.999), "validate_every": 5000},
+        "strength_from": 1 / 3,
+        "strength_to": 2 / 3,
     },
 }
 

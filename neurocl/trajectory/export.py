@@ -120,17 +120,19 @@ def export_forecaster(
     """Write a forecaster as three graphs and a manifest, after comparing their forecasts with torch's.
 
     Args:
-        forecaster: with any prior; its calibration and the clustering of samples stay behind.
+        forecaster: with any prior but ``ddim``; its calibration and the clustering of samples stay behind.
         out: new or empty folder, or one with an earlier export of the same kind, which is replaced.
         to: ``onnx``, or ``torchscript``, whose files hold code and a pickle: load only your own.
         say: told what is being done; ONNX takes a minute.
 
     Raises:
-        UserError: a folder with something else in it, or packages that are not installed.
+        UserError: a folder with something else in it, a prior without a runner, or packages that are not installed.
         RunError: forecasts that differ by more than 1e-4 network units, or files that cannot be written; an earlier
             export is then intact, or has lost its manifest.
     """
     known_format(to)
+    if forecaster.shape.prior not in STEP_GRAPHS:
+        raise UserError(f"export knows the priors {', '.join(STEP_GRAPHS)}, not {forecaster.shape.prior}")
     out = Path(out)
     # A forecaster on the CPU, since graphs carry the device that they were recorded on.
     local = Forecaster(forecaster.shape, copy.deepcopy(forecaster.networks))

@@ -10,9 +10,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from neurocl.config import Config, validate
@@ -20,10 +21,10 @@ from neurocl.errors import UserError
 from neurocl.runs import RunFolder, read_json
 from neurocl.trajectory.autoregressive import AutoregressivePrior
 from neurocl.trajectory.calibration import Calibration, tempered
-from neurocl.trajectory.config import TrajectoryConfig, completed
+from neurocl.trajectory.config import Prior, TrajectoryConfig, completed
 from neurocl.trajectory.continuous import ContinuousPrior
 from neurocl.trajectory.denoiser import CodeDenoiser, TrunkConfig
-from neurocl.trajectory.diffusion import MaskReplaceDiffusion
+from neurocl.trajectory.diffusion import Denoise, MaskReplaceDiffusion, guided
 from neurocl.trajectory.scenes import Forecast, Scenes, TrackSet
 from neurocl.trajectory.selection import Selected, Selection, select
 from neurocl.trajectory.vqvae import Context, TrajectoryVqVae, VqVaeConfig
@@ -43,6 +44,8 @@ class SamplingConfig(Config):
         select: ``centroids`` of clusters of samples, their ``medoids``, or plain ``samples``.
         joint: forecasts of whole scenes.
         temperature, top_p: of the draws.
+        guidance: how far codes are pushed away from those without the past, for models trained with ``drop_past``;
+            0 for not at all.
         seed: of the draws.
     """
 
@@ -53,6 +56,7 @@ class SamplingConfig(Config):
     joint: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
+    guidance: Annotated[float, Field(ge=0)] = 0.0
     seed: int = 0
 
 
@@ -62,10 +66,12 @@ class Shape:
 
     vqvae: VqVaeConfig
     trunk: TrunkConfig
-    prior: Literal["diffusion", "autoregressive", "flow"]
+    prior: Prior
     diffusion_steps: int
     unit: str
     hz: float
+    schedule: Literal["linear", "cosine"] = "linear"
+    drop_past: float = 0.0
 
     def document(self) -> dict[str, Any]:
         """As plain values."""
@@ -77,6 +83,8 @@ class Shape:
             "diffusion_steps": self.diffusion_steps,
             "unit": self.unit,
             "hz": self.hz,
+            "schedule": self.schedule,
+            "drop_past": self.drop_past,
         }
 
     @classmethod
@@ -95,6 +103,8 @@ class Shape:
             int(document["diffusion_steps"]),
             str(document["unit"]),
             float(document["hz"]),
+            document.get("schedule", "linear"),
+            float(document.get("drop_past", 0.0)),
         )
 
 
@@ -111,7 +121,16 @@ def shape_for(config: TrajectoryConfig, scenes: Scenes) -> Shape:
         vqvae = validate(VqVaeConfig, own, source="model")
         trunk = {"context_width": vqvae.width, "num_predicted": scenes.num_predicted, "geometry": vqvae.geometry}
         trunk_config = validate(TrunkConfig, {**trunk, **config.trunk}, source="trunk")
-    return Shape(vqvae, trunk_config, config.prior, config.diffusion_steps, scenes.unit, scenes.hz)
+    return Shape(
+        vqvae,
+        trunk_config,
+        config.prior,
+        config.diffusion_steps,
+        scenes.unit,
+        scenes.hz,
+        config.schedule,
+        config.drop_past,
+    )
 
 
 class Networks(nn.Module):
@@ -119,16 +138,17 @@ class Networks(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        self.drop_past = shape.drop_past
         self.vqvae = TrajectoryVqVae(shape.vqvae)
         self.diffusion: MaskReplaceDiffusion | None = None
         self.prior: CodeDenoiser | AutoregressivePrior | ContinuousPrior
         if shape.prior == "diffusion":
-            self.diffusion = MaskReplaceDiffusion(shape.vqvae.num_codes, shape.diffusion_steps)
+            self.diffusion = MaskReplaceDiffusion(shape.vqvae.num_codes, shape.diffusion_steps, shape.schedule)
             self.prior = CodeDenoiser(shape.trunk, shape.vqvae.num_codes, shape.diffusion_steps)
         elif shape.prior == "autoregressive":
             self.prior = AutoregressivePrior(shape.trunk, shape.vqvae.num_codes)
         else:
-            self.prior = ContinuousPrior(shape.trunk, shape.vqvae.code_dim)
+            self.prior = ContinuousPrior(shape.trunk, shape.vqvae.code_dim, shape.prior)
 
     def prior_loss(
         self,
@@ -157,7 +177,10 @@ class Networks(nn.Module):
             memory = self.prior.prepare(context)
             return self.prior.loss(target, memory, mask=mask, per_scene=per_scene, generator=generator)
         assert self.diffusion is not None
-        denoiser, memory = self.prior, self.prior.prepare(context)
+        hidden = None
+        if self.drop_past:
+            hidden = torch.rand(len(mask), generator=generator).to(mask.device) < self.drop_past
+        denoiser, memory = self.prior, self.prior.prepare(context, hidden)
         return self.diffusion.training_loss(
             lambda x, t: denoiser(x, t, memory), indices, mask=mask, per_scene=per_scene, kind=kind, generator=generator
         )
@@ -186,10 +209,10 @@ class Networks(nn.Module):
                 )
             else:
                 assert self.diffusion is not None
-                denoiser, kept = self.prior, self.prior.prepare(context)
+                denoise = self._denoise(self.prior, context, sampling.guidance)
                 unmask = sampling.sampler == "unmask"
                 codes = (self.diffusion.unmask if unmask else self.diffusion.sample)(
-                    lambda x, t: denoiser(x, t, kept),
+                    denoise,
                     size,
                     steps=min(sampling.steps, self.diffusion.num_steps),
                     temperature=sampling.temperature,
@@ -199,6 +222,14 @@ class Networks(nn.Module):
                 )
             moves = self.vqvae.decode_indices(codes, context)
         return moves + context.anchor[:, :, None]
+
+    def _denoise(self, denoiser: CodeDenoiser, context: Context, guidance: float) -> Denoise:
+        kept = denoiser.prepare(context)
+        if not guidance:
+            return lambda x, t: denoiser(x, t, kept)
+        everybody = torch.ones(len(context.anchor), dtype=torch.bool, device=context.anchor.device)
+        without = denoiser.prepare(context, everybody)
+        return guided(lambda x, t: denoiser(x, t, kept), lambda x, t: denoiser(x, t, without), guidance)
 
 
 class Forecaster:
@@ -298,8 +329,10 @@ class Forecaster:
         Here A counts the agents up to the last target of any scene, see :class:`neurocl.trajectory.vqvae.Context`.
 
         Raises:
-            UserError: scenes of another length than the model was trained for.
+            UserError: scenes of another length than the model was trained for, or guidance that it was not trained for.
         """
+        if sampling.guidance and not self.shape.drop_past:
+            raise UserError("guidance needs a model that was trained with drop_past, such as `--set drop_past=0.1`")
         if (scenes.num_observed, scenes.num_predicted) != (self.num_observed, self.num_predicted):
             raise UserError(
                 f"the model forecasts {self.num_predicted} steps from {self.num_observed}, the scenes have "
@@ -323,8 +356,8 @@ class Forecaster:
     def calibrates(self, num_forecasts: int, sampling: SamplingConfig) -> bool:
         """Whether there is a calibration and it says something about the probabilities of such forecasts.
 
-        It says nothing about plain samples, whole scenes, changed draws (``temperature``, ``top_p``, another
-        ``sampler``), and a K below half or above twice that of the fit.
+        It says nothing about plain samples, whole scenes, changed draws (``temperature``, ``top_p``, ``guidance``,
+        another ``sampler``), and a K below half or above twice that of the fit.
         """
         known = self.calibration
         return (
@@ -334,6 +367,7 @@ class Forecaster:
             and sampling.select != "samples"
             and not sampling.joint
             and sampling.temperature == sampling.top_p == 1.0
+            and not sampling.guidance
         )
 
     def radii(self, num_forecasts: int, sampling: SamplingConfig) -> dict[str, list[float]]:

@@ -38,6 +38,7 @@ STAGES = ("codes", "prior")
 LAST_RATE = 0.01  # share of the learning rate at the end
 MAX_VALIDATION_TARGETS = 700  # agents that forecasts are measured and calibrated on
 BATCHES_SORTED = 16  # batches that are sorted by their number of agents together
+MAX_REVIVAL_SCENES = 256  # training scenes whose codes are counted before dead ones are revived
 RAMP_SHARE, RAMP_STEPS = 0.1, 3000  # the codebook's loss is faded in over a tenth of the steps, at most 3000
 
 
@@ -149,6 +150,7 @@ class Trainer:
         while self.step < how.steps:
             losses = self._train_step()
             self.step += 1
+            self._revive_codes()
             if self.step % how.validate_every == 0 or self.step == how.steps:
                 self._validate(losses)
             self.say(STAGES[self.stage], self.step, how.steps, losses)
@@ -167,7 +169,7 @@ class Trainer:
     def _begin_stage(self) -> None:
         how = self.stage_config()
         self.optimizer = torch.optim.AdamW(
-            self.module().parameters(), lr=how.lr, weight_decay=how.weight_decay, betas=(0.9, 0.95)
+            self.module().parameters(), lr=how.lr, weight_decay=how.weight_decay, betas=how.betas
         )
         self.average = {name: value.detach().clone() for name, value in self.module().state_dict().items()}
         self.best_value = math.inf
@@ -241,6 +243,17 @@ class Trainer:
         self._average(how)
         return {name: float(term.detach()) for name, term in terms.items()}
 
+    def _revive_codes(self) -> None:
+        """From time to time in the first half of stage 1; what is dead follows from the weights alone."""
+        every, last = self.config.revive_every, budget(self.config.stage1).steps // 2
+        if self.stage or not every or self.step % every or self.step > last:
+            return
+        generator = generator_for(self.config.seed, 9, self.step)
+        rows = torch.randperm(len(self.train_scenes), generator=generator)[:MAX_REVIVAL_SCENES]
+        network = self.networks.vqvae.eval()
+        used = reconstruction(network, self.train_scenes.subset(rows), self.strength(self.step - 1)).counts
+        network.codebook.revive(used, generator)
+
     @torch.no_grad()
     def _average(self, how: StageConfig) -> None:
         # the average follows faster while it is young, or it would remember the start
@@ -258,7 +271,8 @@ class Trainer:
         self.networks.eval()
         if self.stage == 0:
             found = reconstruction(self.networks.vqvae, self.val_scenes, self.strength(self.step - 1))
-            losses["val_perplexity"], value = found.perplexity, found.ade
+            losses |= {"val_perplexity": found.perplexity, "val_code_changes": found.changes}
+            value = found.ade
         else:
             value = self._forecast_error()
         name = "val_reconstruction_ade" if self.stage == 0 else "val_min_ade"

@@ -20,10 +20,12 @@ from neurocl.trajectory.codebook import (
     InstanceCodebook,
     InstanceQuantiser,
     Quantised,
+    change_rate,
     code_counts,
     codebook_terms,
     gather_codes,
     masked_mean,
+    perplexity,
 )
 from neurocl.trajectory.scenes import KINDS, Scenes
 
@@ -342,11 +344,15 @@ class Reconstruction(NamedTuple):
     Attributes:
         ade, fde: mean distance over all steps and at the last one, in the units of the data.
         perplexity: of the codes that were used.
+        changes: share of steps whose code differs from the one before.
+        counts: how often each code was used, float64 [K].
     """
 
     ade: float
     fde: float
     perplexity: float
+    changes: float
+    counts: Tensor
 
 
 @torch.no_grad()
@@ -362,7 +368,7 @@ def reconstruction(
         batch_size: scenes at a time.
     """
     device = next(network.parameters()).device
-    ade = fde = steps = ends = 0.0
+    ade = fde = steps = ends = changes = moves = 0.0
     uses = torch.zeros(network.config.num_codes, dtype=torch.float64)
     for batch in scenes.batches(batch_size):
         moved = batch.to(device)
@@ -375,9 +381,10 @@ def reconstruction(
         ade, steps = ade + float(found.ade) * int(known.sum()), steps + int(known.sum())
         fde, ends = fde + float(missed.sum()), ends + int(last.sum())
         uses += found.counts.cpu()
-    share = uses / uses.sum().clamp(min=1)
-    perplexity = float(torch.exp(-torch.special.xlogy(share, share).sum()))
-    return Reconstruction(ade / max(1.0, steps), fde / max(1.0, ends), perplexity)
+        pairs = int((known[..., 1:] & known[..., :-1]).sum())
+        changes, moves = changes + change_rate(found.indices, known) * pairs, moves + pairs
+    means = ade / max(1.0, steps), fde / max(1.0, ends)
+    return Reconstruction(*means, perplexity(uses), changes / max(1.0, moves), uses)
 
 
 def num_forecast(target_mask: Tensor) -> int:

@@ -1,9 +1,11 @@
 """``neurocl trajectory``: the path of a user, and every mistake in one line."""
 
 import json
+import math
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.cli.conftest import assert_one_line
 
@@ -67,6 +69,52 @@ def test_a_recording_survives_conversion(inside, recording, tmp_path):
 def test_tables_come_in_every_form(inside, run, form):
     words = ("trajectory", "evaluate", str(run), "--max-scenes", "3", "--num-samples", "3", "--no-baselines")
     assert "model, centroids" in inside(*words, "--format", form, "--quiet").stdout
+
+
+def test_hidden_positions_make_all_forecasts_worse_but_those_who_stay_where_they_are(inside, run):
+    words = ("trajectory", "evaluate", str(run), "--max-scenes", "3", "--num-samples", "3", "--format", "json")
+    tables = [json.loads(inside(*words, *more).stdout) for more in ((), ("--drop-history", "0.5"))]
+    whole, hidden = ({row["name"]: row["numbers"]["minADE"] for row in table} for table in tables)
+    assert whole["stationary"] == hidden["stationary"]
+    assert whole["constant velocity"] != hidden["constant velocity"]
+    assert whole["model, centroids"] != hidden["model, centroids"]
+    assert all(math.isfinite(value) for value in hidden.values())
+
+
+def test_recipes_say_what_is_trained():
+    from neurocl.recipes import load_recipes
+    from neurocl.trajectory import resolve
+
+    recipes = [recipe for recipe in load_recipes() if recipe.area == "trajectory"]
+    assert {"trajectory/crowd", "trajectory/paper-sdd"} <= {recipe.name for recipe in recipes}
+    for recipe in recipes:
+        assert resolve("small", recipe.config).dataset == recipe.config["dataset"]
+        assert all(figure.metric.startswith("validation.min_") for figure in recipe.expected)
+
+
+def test_a_recipe_is_trained_and_its_figures_compared(inside, recording, tmp_path):
+    from neurocl.cli.trajectory import SMOKE
+    from neurocl.config import merged
+    from neurocl.trajectory.config import PRESETS
+
+    figure = {"metric": "validation.min_ade_20_samples", "value": 1e6, "tolerance": 1.0}
+    recipe = {
+        "name": "walk",
+        "summary": "a walk",
+        "area": "trajectory",
+        "source": "this test",
+        "measured_by": "neurocl",
+        "expected": [figure],
+        "config": merged(PRESETS["tiny"], SMOKE, {"files": [str(recording)]}),
+    }
+    (tmp_path / "walk.yaml").write_text(yaml.safe_dump(recipe))
+    words = ("reproduce", "walk.yaml", "--quiet", "--out", "again", "--threads", "1", "--device", "cpu", "--json")
+    result = inside(*words)
+    assert result.returncode == 1, result.stderr
+    (compared,) = json.loads(result.stdout)["figures"]
+    kept = json.loads((tmp_path / "again" / "seed-0" / "result.json").read_text())
+    assert compared["measured"] == kept["metrics"]["validation"]["min_ade_20_samples"]
+    assert inside("reproduce", "walk.yaml", "--smoke", "--quiet", "--out", "smoke", "--threads", "1").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -140,12 +140,12 @@ def test_a_reader_that_goes_away_ends_the_stream_cleanly(run):
         assert feed.process.stderr.read() == b""
 
 
-def test_control_c_ends_the_stream_with_exit_code_130(run):
+def test_control_c_ends_the_stream_with_a_word_and_exit_code_130(run):
     with Feed(run) as feed:
         feed.say("nonsense")
         feed.complaint()
         feed.process.send_signal(signal.SIGINT)
-        assert feed.end() == (130, "", "malformed lines skipped: 1\n")
+        assert feed.end() == (130, "", "malformed lines skipped: 1\nneurocl: interrupted\n")
 
 
 @pytest.fixture

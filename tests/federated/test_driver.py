@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from neurocl.errors import RunError, UserError
 from neurocl.federated.driver import resume_federated, run_federated
@@ -20,6 +21,7 @@ from neurocl.federated.exchange import Fault
 from neurocl.federated.fedavg import FedAvg
 from neurocl.federated.method import Reply
 from neurocl.federated.payload import Payload, encode, num_bytes
+from neurocl.federated.pretraining import _keep
 from neurocl.runs import RunFolder
 from tests.federated.small_problem import config, in_memory
 
@@ -201,3 +203,17 @@ def test_what_a_client_stored_counts_only_if_its_reply_did() -> None:
     livar.run()
     assert livar.stores.read(0)
     assert livar.stores.read(1) == {}
+
+
+def test_what_never_began_leaves_no_folder_in_the_way(tmp_path: Path) -> None:
+    for wrong in ({"method": "nope"}, {"device": "nope"}, {"device": "cuda:99"}, {"options": {"nope": 1}}):
+        with pytest.raises(UserError) as caught:
+            run_federated(config(**wrong), out=tmp_path / "run")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write"):
+        _keep(tmp_path / "file" / "federated" / "weights.safetensors", {"x": torch.zeros(1)})

@@ -77,6 +77,12 @@ def test_replies_are_checked_before_anybody_looks_at_them() -> None:
         (Payload({}, {}), "how many samples"),
         (Payload({}, {"n": -1}), "how many samples"),
         (Payload({}, {"n": "many"}), "how many samples"),
+        # Finite, but not so what a server computes of it.
+        (Payload({"x": np.array([2e18], dtype=np.float32)}, {"n": 3}), "x holds a number beyond 1e+18"),
+        (Payload({"x": np.array([-2e18])}, {"n": 3}), "x holds a number beyond"),
+        (Payload({"x": np.array([-(2**63)])}, {"n": 3}), "x holds a number beyond"),
+        (Payload({}, {"n": 1e308}), "n holds a number beyond"),
+        (Payload({}, {"n": 3, "classes": [0, 2**62]}), "classes holds a number beyond"),
     ):
         found = checked(4, encode(payload))
         assert not isinstance(found, Reply)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from functools import cache
@@ -17,10 +18,10 @@ import torch
 
 from neurocl.errors import RunError, UserError
 from neurocl.federated.config import FederatedConfig
-from neurocl.federated.driver import run_federated
-from neurocl.federated.exchange import Fault, ProcessExchange, SequentialExchange, Stores
+from neurocl.federated.driver import REMOTE, resume_federated, run_federated
+from neurocl.federated.exchange import Fault, Outcome, ProcessExchange, SequentialExchange, Stores
 from neurocl.federated.fedavg import FedAvg
-from neurocl.federated.method import Samples
+from neurocl.federated.method import Reply, Samples
 from neurocl.federated.partition import PartitionConfig
 from neurocl.federated.payload import Payload, encode
 from neurocl.federated.tangent import ENTERED, LEDGER, SCALES, Tangent
@@ -34,6 +35,7 @@ from neurocl.federated.unlearning import (
     remove,
     unlearn,
 )
+from neurocl.report import group, read_results
 from neurocl.runs import RunFolder
 from tests.federated.small_problem import config, in_memory
 
@@ -390,6 +392,68 @@ def test_another_runtime_can_carry_the_messages(kept: Path, tmp_path: Path) -> N
 
     unlearn(kept, [1], sweep=True, repair=True, out=tmp_path / "new", connect=connect)
     assert asked == [("removal", [1]), ("control", [0, 2]), ("round", [0, 2])]
+
+
+def test_resuming_keeps_the_client_out_and_the_report_in(kept: Path, tmp_path: Path) -> None:
+    report, path = unlearn(kept, [1], mode="ledger", out=tmp_path / "new")
+    before = RunFolder.open(path).read_result()
+    resume_federated(path)
+    after = RunFolder.open(path).read_result()
+    assert after["unlearning"] == report
+    assert after["accuracy"] == before["accuracy"]
+    # A process that is killed after the checkpoint has not written the result yet.
+    (path / "result.json").unlink()
+    assert resume_federated(path)["unlearning"] == report
+    checkpoint = RunFolder.open(path).load_checkpoint()
+    assert checkpoint.state["removed"] == [1]
+    assert not any(name.startswith(f"{LEDGER}1.") for name in checkpoint.tensors)
+
+
+def test_rounds_that_are_left_do_not_ask_who_was_removed(kept: Path, tmp_path: Path) -> None:
+    _, path = unlearn(kept, [1], mode="ledger", out=tmp_path / "new")
+    state = path / "checkpoint" / "state.json"
+    document = json.loads(state.read_text())
+    document["progress"] |= {"step": 1, "correct": []}
+    state.write_text(json.dumps(document))
+    resume_federated(path)
+    last = [record for record in RunFolder.open(path).read_metrics() if record["event"] == "round"][-1]
+    assert last["clients"] == [0, 2]
+    checkpoint = RunFolder.open(path).load_checkpoint()
+    assert checkpoint.state["removed"] == [1]
+    assert checkpoint.tensors[ENTERED][1] == 0
+
+
+def test_a_run_on_flower_is_refused_in_one_line(kept: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(kept, path)
+    (path / REMOTE).mkdir()
+    with pytest.raises(UserError, match="ran on Flower") as caught:
+        unlearn(path, [1], mode="ledger", out=tmp_path / "new")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("options", [{"mode": "negation"}, {"sweep": True, "mode": "ledger"}], ids=["vector", "votes"])
+def test_nonsense_of_a_client_without_samples_is_one_line(options: dict[str, Any]) -> None:
+    run = finished()
+
+    class Odd:
+        def __call__(self, place: Any, messages: Any, attempt: int) -> Outcome:
+            return Outcome([Reply(client, Payload({"odd": np.ones(2)}, {"n": 0})) for client in sorted(messages)], [])
+
+        def close(self) -> None:
+            """Nothing was started."""
+
+    odd = Remaining(run.problem, run.method, Odd(), Stores(None))
+    odd.state = run.state
+    with pytest.raises(RunError, match="malformed"):
+        remove(odd, [1], **options)
+
+
+def test_a_report_tells_a_run_from_the_same_run_without_a_client(kept: Path, tmp_path: Path) -> None:
+    _, path = unlearn(kept, [1], mode="ledger", out=tmp_path / "new")
+    found, _ = read_results([RunFolder.open(kept), RunFolder.open(path)])
+    assert [row.label for row in group(found)] == ["tangent", "tangent, without clients (1,)"]
 
 
 def test_mistakes_are_one_line(kept: Path, tmp_path: Path) -> None:

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from neurocl.errors import UserError
-from neurocl.trajectory.augment import augmented, centres, cropped, dropped, jittered, reflected, rotated, shortened
+from neurocl.trajectory.augment import (
+    augmented,
+    centres,
+    cropped,
+    dropped,
+    jittered,
+    reflected,
+    rotated,
+    shortened,
+    thinned,
+)
 from neurocl.trajectory.crowd import simulate
 from neurocl.trajectory.scenes import Scenes
 from neurocl.trajectory.windows import cut
@@ -110,10 +120,25 @@ def test_everything_together_follows_the_generator_and_leaves_the_input(scenes: 
     assert augmented(scenes, seeded()) is scenes
 
 
-@pytest.mark.parametrize("options", [{"drop": 1.5}, {"shorten": -0.1}, {"rotation": -1.0}, {"jitter": math.nan}])
+@pytest.mark.parametrize(
+    "options", [{"drop": 1.5}, {"shorten": -0.1}, {"rotation": -1.0}, {"absent": 2.0}, {"jitter": math.nan}]
+)
 def test_values_out_of_range_are_mistakes(scenes: Scenes, options: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"{next(iter(options))} must be"):
         augmented(scenes, seeded(), **options)
+
+
+def test_agents_are_left_out_but_never_all_that_count() -> None:
+    scenes = walks(200, 5)
+    few = thinned(scenes, seeded(), 0.6)
+    assert bool(few.target_mask.any(dim=1).all())
+    # Of five agents one certainly stays, the other four in 40 per cent of the scenes.
+    assert few.agent_mask.float().sum(dim=1).mean() == pytest.approx(1 + 4 * 0.4, abs=0.2)
+    assert torch.equal(few.past_mask, few.agent_mask[..., None].expand_as(few.past_mask))
+    assert torch.equal(few.future_mask, few.agent_mask[..., None].expand_as(few.future_mask))
+    assert torch.equal(few.past[few.past_mask], scenes.past[few.past_mask])
+    assert torch.equal(few.agent_mask.sum(dim=0) > 0, torch.ones(5, dtype=torch.bool))  # whoever stays is drawn
+    assert augmented(scenes, seeded(), absent=0.0) is scenes
 
 
 def test_full_scenes_are_cut_to_a_target_and_those_around_it() -> None:

@@ -13,6 +13,7 @@ from neurocl.trajectory.baselines import (
     NearestNeighbours,
     Ridge,
     all_baselines,
+    filled,
     heading_frame,
     rotated,
     target_tracks,
@@ -20,6 +21,19 @@ from neurocl.trajectory.baselines import (
 from neurocl.trajectory.scenes import Scenes
 
 GENERATOR = torch.Generator().manual_seed(0)
+
+
+def test_gaps_lie_on_the_line_between_what_was_seen() -> None:
+    rng = np.random.default_rng(0)
+    past, seen = rng.normal(size=(50, 8, 2)), rng.random((50, 8)) < 0.4
+    seen[np.arange(50), rng.integers(0, 8, 50)] = True
+    nonsense = torch.from_numpy(np.where(seen[..., None], past, np.nan))
+    found = filled(nonsense, torch.from_numpy(seen)).numpy()
+    for row in range(50):
+        known = np.flatnonzero(seen[row])
+        for axis in range(2):
+            expected = np.interp(np.arange(8), known, past[row, known, axis])
+            np.testing.assert_allclose(found[row, :, axis], expected, rtol=1e-12, atol=1e-12)
 
 
 def scenes_of(tracks: torch.Tensor, observed: int = 8) -> Scenes:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neurocl.trajectory.codebook import (
+    GUMBEL_TEMPERATURE,
     InstanceCodebook,
     InstanceQuantiser,
     change_rate,
@@ -131,6 +132,57 @@ def test_slices_give_what_the_library_gives_for_everything_at_once(estimator: An
     torch.testing.assert_close(ours.latents.flatten(0, 1), latents)
     for first, second in zip(ours_gradients, theirs_gradients, strict=True):
         torch.testing.assert_close(first, second)
+
+
+def test_gumbel_draws_near_codes_in_training_and_takes_the_nearest_afterwards() -> None:
+    generator = torch.Generator().manual_seed(0)
+    books = torch.randn(2, 3, 4, 8, generator=generator) / 4
+    z = torch.randn(2, 3, 1, 8, generator=generator).expand(-1, -1, 20_000, -1) / 4
+    quantiser = InstanceQuantiser(8, 4, "gumbel")
+    torch.manual_seed(0)
+    drawn = quantiser(z, books)
+    torch.testing.assert_close(drawn.latents, drawn.codes)
+    share = torch.nn.functional.one_hot(drawn.indices, 4).double().mean(dim=2)
+    likelihood = (-(z[:, :, :1] - books).square().sum(dim=-1) / GUMBEL_TEMPERATURE).softmax(dim=-1)
+    torch.testing.assert_close(share, likelihood.double(), rtol=0, atol=0.02)
+    assert bool(((share > 0.02).sum(dim=-1) > 1).any())
+
+    plain, gumbel = InstanceQuantiser(8, 4)(z, books), quantiser.eval()(z, books)
+    assert torch.equal(plain.indices, gumbel.indices)
+    assert torch.equal(plain.latents, gumbel.latents)
+
+
+def test_gumbel_takes_the_decoders_gradient_to_latents_and_codes() -> None:
+    z, books = torch.randn(1, 2, 5, 8).requires_grad_(), torch.randn(1, 2, 4, 8).requires_grad_()
+    for estimator, reached in (("ste", False), ("gumbel", True)):
+        found = InstanceQuantiser(8, 4, estimator)(z, books)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(found.latents.square().sum(), [z, books], allow_unused=True)
+        assert gradients[0] is not None
+        assert (gradients[1] is not None) == reached
+
+
+def test_dead_codes_begin_again_beside_busy_ones_for_every_agent() -> None:
+    torch.manual_seed(0)
+    layer, tokens = InstanceCodebook(32, 8, 6, 4, 4), torch.randn(3, 2, 8, 32)
+    before = layer(tokens, None, 1.0)
+    counts = torch.tensor([50.0, 0.0, 0.0, 50.0, 1.0, 3.0])  # an equal share is 17.3
+    assert layer.revive(counts, torch.Generator().manual_seed(0)) == 3
+    after = layer(tokens, None, 1.0)
+    for code in (0, 3, 5):
+        torch.testing.assert_close(after[:, :, code], before[:, :, code])
+    apart = (after[:, :, [1, 2, 4], None] - before[:, :, None, [0, 3, 5]]).norm(dim=-1)
+    nearest = apart.amin(dim=-1)
+    assert (nearest > 0).all()
+    assert (nearest < 0.1 * torch.cdist(before, before)[before.new_ones(3, 2, 6, 6).bool()].mean()).all()
+    assert (apart.argmin(dim=-1) == apart.argmin(dim=-1)[:1, :1]).all()  # the same one for every agent
+
+
+def test_nothing_changes_where_no_code_is_dead() -> None:
+    layer = InstanceCodebook(32, 8, 6, 0, 4)
+    static = layer.static.clone()
+    assert layer.revive(torch.full((6,), 7), torch.Generator()) == 0
+    assert layer.revive(torch.zeros(6), torch.Generator()) == 0
+    assert torch.equal(layer.static, static)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 8])

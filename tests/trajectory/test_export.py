@@ -320,6 +320,11 @@ def test_a_later_export_replaces_an_earlier_one_but_nothing_else(tmp_path):
         export_forecaster(changed, tmp_path / "thesis.txt", to="torchscript")
 
 
+def test_a_prior_without_a_runner_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="export knows the priors diffusion, autoregressive, flow, not ddim"):
+        export_forecaster(untrained("ddim"), tmp_path, to="torchscript")
+
+
 def test_graphs_that_forecast_otherwise_are_not_kept(tmp_path, monkeypatch):
     export_forecaster(untrained(), tmp_path / "good", to="torchscript")
     before = {path.name: path.read_bytes() for path in (tmp_path / "good").iterdir()}

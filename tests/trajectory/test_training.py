@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from neurocl.config import validate
 from neurocl.errors import Interrupted, UserError
 from neurocl.runs import RunFolder
+from neurocl.trajectory.codebook import InstanceCodebook
 from neurocl.trajectory.config import budget, completed, resolve
-from neurocl.trajectory.forecaster import Forecaster, SamplingConfig
+from neurocl.trajectory.diffusion import MaskReplaceDiffusion
+from neurocl.trajectory.forecaster import Forecaster, SamplingConfig, Shape
 from neurocl.trajectory.training import Trainer, load_split, resume, train
 
 SMALL = {
@@ -90,7 +93,18 @@ def test_other_seeds_give_other_weights(recording, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"prior": "autoregressive"}, {"prior": "flow"}, {"faithful": True}, {"loss": "kl"}], ids=str
+    "changes",
+    [
+        {"prior": "autoregressive"},
+        {"prior": "flow"},
+        {"prior": "ddim"},
+        {"faithful": True},
+        {"loss": "kl"},
+        {"schedule": "cosine", "loss": "kl"},
+        {"model": {"estimator": "gumbel"}, "revive_every": 3},
+        {"augment": {"absent": 0.5}},
+    ],
+    ids=str,
 )
 def test_every_variant_trains_and_forecasts(recording, tmp_path, changes):
     result = train(config_for(recording, **changes), out=tmp_path / "run")
@@ -165,6 +179,69 @@ def test_wrong_keys_and_presets_are_named():
         resolve("tinny")
     with pytest.raises(UserError, match="unknown key 'stage3'"):
         resolve("small", {"stage3": {}})
+
+
+def test_only_the_diffusion_hides_pasts():
+    with pytest.raises(UserError, match="drop_past is for the diffusion prior, not for flow"):
+        resolve("small", {"prior": "flow", "drop_past": 0.1})
+
+
+def test_the_papers_schedule_is_that_of_its_code():
+    config = resolve("paper")
+    assert config.stage1.betas == (0.5, 0.9)
+    assert (config.strength_from * 150_000, config.strength_to * 150_000) == (50_000, 100_000)
+
+
+def test_guidance_pushes_codes_away_from_those_without_the_past(recording, run, tmp_path):
+    past = torch.randn(3, 8, 2, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    plain = Forecaster.load(run.path)
+    with pytest.raises(UserError, match="drop_past"):
+        plain.forecast(past, sampling=SamplingConfig(guidance=1.0))
+    with pytest.raises(UserError, match="guidance"):
+        validate(SamplingConfig, {"guidance": -1.0}, source="forecast")
+
+    forecaster = Forecaster.load(train(config_for(recording, drop_past=0.3), out=tmp_path / "run").path)
+    assert forecaster.shape.drop_past == 0.3
+    found = [forecaster.forecast(past, sampling=SamplingConfig(guidance=scale)) for scale in (0.0, 1e-9, 2.0)]
+    torch.testing.assert_close(found[0].trajectories, found[1].trajectories)
+    assert not torch.allclose(found[0].trajectories, found[2].trajectories)
+    assert not found[2].extra.keys() & {"radius_50", "radius_90"}  # calibration is of forecasts without it
+
+
+def test_models_written_before_there_were_schedules_have_the_linear_one(run):
+    document = Forecaster.load(run.path).shape.document()
+    assert (document.pop("schedule"), document.pop("drop_past")) == ("linear", 0.0)
+    assert Shape.read(document, "model.json") == Forecaster.load(run.path).shape
+
+
+def test_a_forecaster_keeps_its_schedule(recording, tmp_path):
+    folder = train(config_for(recording, schedule="cosine"), out=tmp_path / "run").path
+    diffusion = Forecaster.load(folder).networks.diffusion
+    assert torch.equal(diffusion.keep, MaskReplaceDiffusion(8, 10, "cosine").keep)
+
+
+def test_dead_codes_are_revived_in_the_first_half_of_stage_1(recording, tmp_path, monkeypatch):
+    revived = []
+    monkeypatch.setattr(InstanceCodebook, "revive", lambda self, counts, generator: revived.append(counts))
+    folder = RunFolder.create(tmp_path / "run", stem="x")
+    trainer = Trainer(config_for(recording, revive_every=2), folder)
+    trainer.run()
+    assert len(revived) == 3
+    whole = trainer.train_scenes.subset(torch.arange(min(256, len(trainer.train_scenes))))
+    assert all(counts.sum() == pytest.approx(whole.num_targets * 12, rel=0.1) for counts in revived)
+
+
+def test_a_stopped_run_revives_the_same_codes(recording, tmp_path):
+    def stop(stage, step, steps, numbers):
+        if (stage, step) == ("codes", 3):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = config_for(recording, revive_every=2, model={"num_codes": 32})
+    whole = train(config, out=tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(config, out=tmp_path / "stopped", say=stop)
+    resume(tmp_path / "stopped")
+    assert tensors_of(tmp_path / "stopped") == tensors_of(whole.path)
 
 
 def test_what_is_left_open_is_taken_from_the_data_set():
