@@ -25,7 +25,7 @@ from neurocl.federated.exchange import Exchange, Failure, Fault, ProcessExchange
 from neurocl.federated.local_training import EVALUATION_BATCH, batches
 from neurocl.federated.method import FederatedMethod, Place, Predictor, Reply, Samples, Task
 from neurocl.federated.payload import Payload, num_bytes
-from neurocl.federated.privacy import spent
+from neurocl.federated.privacy import PrivateMethod, spent
 from neurocl.federated.problem import Problem
 from neurocl.federated.randomness import stream
 from neurocl.runs import RunFolder
@@ -137,11 +137,10 @@ class FederatedRun:
         config, count = self.problem.config, self.problem.num_clients
         if not place.phase.train or config.participation >= 1:
             return list(range(count))
+        if isinstance(self.method, PrivateMethod):
+            return self.method.coming(self.state, place)
         number = place.round if config.participation_per == "round" else 0
         rng = stream(config.seed, "participation", place.task.index, number)
-        if config.privacy is not None:
-            # What the accountant reckons with: everybody throws a coin of their own. Nobody may come.
-            return [int(client) for client in np.flatnonzero(rng.random(count) < config.participation)]
         chosen = rng.choice(count, size=max(1, round(config.participation * count)), replace=False)
         return sorted(int(client) for client in chosen)
 

@@ -7,8 +7,8 @@ Every client's change (all its trained arrays as one vector) is scaled to a norm
 over the replies, adds noise of standard deviation z C and divides by m, whoever answered, also if nobody was to. Counts
 of samples are not sent: all clients weigh the same.
 
-The noise must be a secret: it is drawn from a key that the server keeps in its state, and never sends, or the client in
-its store.
+The noise, and who takes part, must be secrets: they are drawn from a key that the server keeps in its state, and never
+sends, or the client in its store.
 
 Reference: McMahan et al., "Learning differentially private recurrent language models", ICLR 2018, arXiv 1710.06963;
 accounted with the Rényi accountant of Opacus (Mironov et al., "Rényi differential privacy of the sampled Gaussian
@@ -103,16 +103,25 @@ class PrivateMethod(FederatedMethod):
             changes = clipped(changes, self.privacy.clip) if server else changes
             total = {name: value + changes[name] for name, value in total.items()}
         if server:
-            total = noisy(total, self.privacy.noise * self.privacy.clip, self._server_noise(state, place))
+            total = noisy(total, self.privacy.noise * self.privacy.clip, self._server_stream(state, place, "privacy"))
         mean = Reply(0, Payload(_applied(message, total, 1 / expected), {"n": 1}))
         # Replies with noise of their own have been seen also if their round is lost: see end_task.
         return _counted(self.inner.aggregate(state, place, [mean]), state, int(server))
 
-    def _server_noise(self, state: Payload, place: Place) -> np.random.Generator:
+    def coming(self, state: Payload, place: Place) -> list[int]:
+        """The clients of a round, sorted, which may be nobody.
+
+        Everybody throws a coin of their own, as the accountant reckons. Who comes is as secret as the noise.
+        """
+        config = self.problem.config
+        thrown = self._server_stream(state, place, "participation").random(self.problem.num_clients)
+        return [int(client) for client in np.flatnonzero(thrown < config.participation)]
+
+    def _server_stream(self, state: Payload, place: Place, label: str) -> np.random.Generator:
         phase, task, number = place.key
         if self.privacy.seeded:
-            return stream(self.problem.config.seed, f"server privacy {phase}", task, number)
-        return secret_stream(bytes.fromhex(str(state.meta[KEY])), phase, task, number)
+            return stream(self.problem.config.seed, f"server {label} {phase}", task, number)
+        return secret_stream(bytes.fromhex(str(state.meta[KEY])), f"{label} {phase}", task, number)
 
     def _client_noise(self, client: Client, place: Place) -> np.random.Generator:
         phase, task, number = place.key
@@ -154,9 +163,9 @@ def noisy(changes: Store, deviation: float, rng: np.random.Generator) -> Store:
     return {name: change + deviation * rng.standard_normal(change.shape) for name, change in changes.items()}
 
 
-def secret_stream(key: bytes, phase: str, task: int, number: int) -> np.random.Generator:
-    """Noise of one round that only the owner of the key can draw."""
-    words = [int.from_bytes(key, "little"), crc32(phase.encode()), task, number]
+def secret_stream(key: bytes, label: str, task: int, number: int) -> np.random.Generator:
+    """Random numbers of one round that only the owner of the key can draw."""
+    words = [int.from_bytes(key, "little"), crc32(label.encode()), task, number]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
 
 

@@ -180,16 +180,23 @@ def test_a_private_run_reports_what_it_spent_and_resumes_the_count() -> None:
     assert result["privacy"]["epsilon"] == pytest.approx(epsilon(4, 0.8, 0.5, 1e-5))
 
 
-def test_with_privacy_every_client_throws_a_coin_of_its_own() -> None:
+def test_with_privacy_every_client_throws_a_coin_of_its_own_that_the_seed_does_not_tell() -> None:
     config = FederatedConfig(
         privacy={}, participation=0.3, partition={"num_clients": 50}, classes_per_task=0, rounds=400
     )
-    problem = problem_for(FederatedConfig(classes_per_task=0))
-    object.__setattr__(problem, "config", config)
-    run = FederatedRun(problem, method_for(problem_for(FederatedConfig())), None, Stores(None, 0))  # type: ignore[arg-type]
-    sizes = [len(run.participants(Place(problem.tasks[0], Phase("round"), number))) for number in range(400)]
-    assert np.mean(sizes) == pytest.approx(15.0, abs=4 * math.sqrt(10.5 / 400))
-    assert np.var(sizes) == pytest.approx(10.5, rel=0.35)  # a fixed number would have none
+    problem = problem_for(config)
+    drawn = []
+    for _ in range(2):
+        method = method_for(problem)
+        assert isinstance(method, PrivateMethod)
+        state = method.initial_state()
+        places = [Place(problem.tasks[0], Phase("round"), number) for number in range(400)]
+        drawn.append([method.coming(state, where) for where in places])
+        assert drawn[-1] == [method.coming(state, where) for where in places]
+    assert drawn[0] != drawn[1]
+    sizes = [len(clients) for clients in drawn[0]]
+    assert np.mean(sizes) == pytest.approx(15.0, abs=5 * math.sqrt(10.5 / 400))
+    assert np.var(sizes) == pytest.approx(10.5, rel=0.45)  # a fixed number would have none
 
 
 def test_without_noise_worth_the_name_a_private_run_is_fedavg_of_equal_clients() -> None:
