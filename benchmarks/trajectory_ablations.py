@@ -207,7 +207,7 @@ def sampled(forecaster: Forecaster, scenes: Scenes, how: SamplingConfig, num_dra
             batch = scenes.subset(rows)
             started = time.perf_counter()
             samples, present = forecaster.draw(batch, num_drawn(20, how), how, generator)
-            centroids = select(samples, 20, agent_mask=present, generator=generator).trajectories.cpu()
+            centroids = select(samples, 20, agent_mask=present, smoothing=0.5, generator=generator).trajectories.cpu()
             seconds += time.perf_counter() - started
             mask, truth = batch.target_mask[:, : present.shape[1]], batch.future[batch.target_mask]
             for name, drawn in (("samples", samples[:20].cpu()), ("centroids", centroids)):

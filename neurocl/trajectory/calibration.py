@@ -40,6 +40,7 @@ class Calibration(Config):
         num_samples: N.
         steps, sampler: how samples were drawn.
         select: what the forecasts were.
+        smoothing: of the samples before they were clustered.
         num_agents: M.
         unit: of the radii.
     """
@@ -52,6 +53,7 @@ class Calibration(Config):
     steps: Annotated[int, Field(ge=1)]
     sampler: Literal["posterior", "unmask"]
     select: Literal["centroids", "medoids"]
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     num_agents: Annotated[int, Field(ge=0)]
     unit: str
 
@@ -165,6 +167,7 @@ def fit_calibration(
     steps: int,
     sampler: Literal["posterior", "unmask"],
     select: Literal["centroids", "medoids"],
+    smoothing: float = 0.0,
     unit: str,
 ) -> Calibration:
     """Fit temperature and radii on agents whose future is known and was not trained on.
@@ -179,6 +182,7 @@ def fit_calibration(
         num_samples: N.
         steps, sampler: how samples were drawn, for the record.
         select: what the forecasts are, likewise.
+        smoothing: of the samples before they were clustered, likewise.
         unit: of the positions, likewise.
 
     Reference: Vovk et al., "Algorithmic learning in a random world", 2005 (split conformal prediction).
@@ -199,6 +203,7 @@ def fit_calibration(
             "steps": steps,
             "sampler": sampler,
             "select": select,
+            "smoothing": smoothing,
             "num_agents": len(truth),
             "unit": unit,
         }

@@ -427,7 +427,7 @@ def draw_targets(
     """
     generator = torch.Generator(forecaster.device).manual_seed(sampling.seed)
     num_samples = num_drawn(num_forecasts, sampling)
-    how: dict[str, Any] = {"how": sampling.select, "joint": sampling.joint}
+    how: dict[str, Any] = {"how": sampling.select, "joint": sampling.joint, "smoothing": sampling.smoothing}
     fewer: dict[int, list[Tensor]] = {count: [] for count in counts}
     number = torch.zeros(scenes.target_mask.shape, dtype=torch.int64)
     number[scenes.target_mask] = torch.arange(scenes.num_targets)

@@ -42,6 +42,8 @@ class SamplingConfig(Config):
         sampler: of the diffusion prior: ``unmask``, which fills in the codes it is surest of first, or the
             ``posterior`` of the diffusion in strides.
         select: ``centroids`` of clusters of samples, their ``medoids``, or plain ``samples``.
+        smoothing: of the samples before centroids are sought, as if more had been drawn; see
+            :func:`neurocl.trajectory.selection.smoothed`. 0 for none.
         joint: forecasts of whole scenes.
         temperature, top_p: of the draws.
         guidance: how far codes are pushed away from those without the past, for models trained with ``drop_past``;
@@ -53,6 +55,7 @@ class SamplingConfig(Config):
     steps: int = 5
     sampler: Literal["unmask", "posterior"] = "unmask"
     select: Selection = "centroids"
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.5
     joint: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
@@ -314,6 +317,7 @@ class Forecaster:
             how=sampling.select,
             joint=sampling.joint,
             agent_mask=present,
+            smoothing=sampling.smoothing,
             generator=generator,
         )
         missing = scenes.num_agents - present.shape[1]
@@ -375,8 +379,9 @@ class Forecaster:
         known = self.calibration
         if known is None or not self.calibrates(num_forecasts, sampling):
             return {}
-        how = (num_forecasts, num_drawn(num_forecasts, sampling), sampling.steps, sampling.select)
-        return known.radii() if how == (known.num_forecasts, known.num_samples, known.steps, known.select) else {}
+        how = (num_forecasts, num_drawn(num_forecasts, sampling), sampling.steps, sampling.select, sampling.smoothing)
+        fitted = (known.num_forecasts, known.num_samples, known.steps, known.select, known.smoothing)
+        return known.radii() if how == fitted else {}
 
     def forecast(
         self,

@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Selection = Literal["samples", "centroids", "medoids"]
+
+COPIES = 4  # smoothed copies of every sample
 
 
 class Clusters(NamedTuple):
@@ -146,6 +149,31 @@ def medoids(points: Tensor, clusters: Clusters) -> Tensor:
 
 
 @torch.no_grad()
+def smoothed(points: Tensor, strength: float, generator: torch.Generator | None = None) -> Tensor:
+    """The samples and, for each, a few more that could have been drawn: a bootstrap that keeps mean and covariance.
+
+    A copy is the sample, drawn a bit towards the mean of its group, plus the difference of two random samples of the
+    group. Centres of clusters then depend less on which samples happened to be drawn.
+
+    Args:
+        points: [G, N, D].
+        strength: h, share of a copy's deviation that is random; the sample's own part is sqrt(1 - h^2).
+        generator: of the pairs.
+
+    Returns: [G, (1 + 4) N, D], the samples first.
+    Reference: Silverman & Young, "The bootstrap: to smooth or not to smooth?", Biometrika 1987, with differences of
+    samples in the place of a kernel.
+    """
+    groups, count, size = points.shape
+    centre = points.mean(dim=1, keepdim=True)
+    drawn_in = centre + math.sqrt(1 - strength**2) * (points - centre)
+    pairs = (uniform((groups, 2 * COPIES * count), points, generator) * count).long().clamp(max=count - 1)
+    ends = points.gather(1, pairs[..., None].expand(-1, -1, size)).view(groups, 2, COPIES * count, size)
+    moved = drawn_in.repeat(1, COPIES, 1) + strength / math.sqrt(2) * (ends[:, 0] - ends[:, 1])
+    return torch.cat([points, moved], dim=1)
+
+
+@torch.no_grad()
 def select(
     samples: Tensor,
     num_forecasts: int,
@@ -153,6 +181,7 @@ def select(
     how: Selection = "centroids",
     joint: bool = False,
     agent_mask: Tensor | None = None,
+    smoothing: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Selected:
     """K forecasts out of N sampled futures.
@@ -163,7 +192,8 @@ def select(
         how: the first K ``samples``, the ``centroids`` of K clusters, or the ``medoids``, which are real samples.
         joint: cluster whole scenes, so that forecast k of one agent goes with forecast k of the others.
         agent_mask: agents that exist, bool [S, A]; the others have no say in which scenes are alike.
-        generator: of the clustering.
+        smoothing: of the samples before centroids are sought, see :func:`smoothed`; 0 for none.
+        generator: of the clustering and the smoothing.
 
     Raises:
         ValueError: fewer samples than forecasts.
@@ -179,11 +209,13 @@ def select(
         points = kept.permute(1, 0, 2, 3, 4).reshape(num_scenes, num_samples, -1)
     else:
         points = kept.permute(1, 2, 0, 3, 4).reshape(num_scenes * num_agents, num_samples, -1)
+    if smoothing and how == "centroids":
+        points = smoothed(points, smoothing, generator)
     clusters = kmeans(points, num_forecasts, generator=generator)
     chosen = clusters.centres
     if how == "medoids":
         chosen = points.gather(1, medoids(points, clusters)[..., None].expand_as(chosen))
-    share = clusters.counts.to(samples.dtype) / num_samples
+    share = clusters.counts.to(samples.dtype) / points.shape[1]
     if joint:
         chosen = chosen.view(num_scenes, num_forecasts, num_agents, num_steps, 2).transpose(0, 1)
         share = share.T[:, :, None].expand(-1, -1, num_agents)

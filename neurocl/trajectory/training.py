@@ -388,7 +388,7 @@ def measured_and_calibrated(forecaster: Forecaster, scenes: Scenes, seed: int) -
     parts: dict[str, list[Tensor]] = {"samples": [], "centroids": [], "masses": [], "truth": []}
     for batch in _few_scenes(scenes, seed).batches(32):
         samples, present = forecaster.draw(batch, num_samples, sampling, generator)
-        chosen = select(samples, num_forecasts, agent_mask=present, generator=generator)
+        chosen = select(samples, num_forecasts, agent_mask=present, smoothing=sampling.smoothing, generator=generator)
         mask = batch.target_mask[:, : present.shape[1]]
         parts["samples"].append(samples[:num_forecasts].cpu()[:, mask])
         parts["centroids"].append(chosen.trajectories.cpu()[:, mask])
@@ -409,6 +409,7 @@ def measured_and_calibrated(forecaster: Forecaster, scenes: Scenes, seed: int) -
         steps=sampling.steps,
         sampler=sampling.sampler,
         select="centroids",
+        smoothing=sampling.smoothing,
         unit=scenes.unit,
     )
     return found, calibration

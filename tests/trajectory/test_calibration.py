@@ -235,7 +235,7 @@ def test_only_forecasts_like_those_of_the_fit_are_tempered(run):
         sampling = SamplingConfig(**{"steps": 2, **changes})
         generator = torch.Generator().manual_seed(0)
         samples, present = forecaster.draw(scenes, num_drawn(count, sampling), sampling, generator)
-        how = {"how": sampling.select, "joint": sampling.joint}
+        how = {"how": sampling.select, "joint": sampling.joint, "smoothing": sampling.smoothing}
         masses = select(samples, count, agent_mask=present, generator=generator, **how).probabilities
         found = forecaster.forecast_scenes(scenes, count, sampling).probabilities
         roots = tempered(masses, 2.0, num_drawn(count, sampling))
@@ -253,7 +253,13 @@ def test_radii_come_with_forecasts_of_exactly_the_kind_that_was_measured(run, tm
     found = forecaster.forecast(past, None, 20)
     assert found.extra["radius_90"] == list(forecaster.calibration.radius_90)
     assert found.extra["radius_50"] == list(forecaster.calibration.radius_50)
-    for count, changes in ((19, {}), (20, {"steps": 7}), (20, {"select": "medoids"}), (20, {"num_samples": 100})):
+    for count, changes in (
+        (19, {}),
+        (20, {"steps": 7}),
+        (20, {"select": "medoids"}),
+        (20, {"num_samples": 100}),
+        (20, {"smoothing": 0.2}),
+    ):
         assert "radius_90" not in forecaster.forecast(past, None, count, sampling=SamplingConfig(**changes)).extra
     write_forecast(tmp_path / "f.json", found)
     write_forecast(tmp_path / "f.npz", found)
@@ -265,7 +271,7 @@ def test_radii_come_with_forecasts_of_exactly_the_kind_that_was_measured(run, tm
 def test_a_run_without_a_calibration_forecasts_plain_masses(run):
     plain = Forecaster(Forecaster.load(run).shape, Forecaster.load(run).networks)
     found = plain.forecast(torch.randn(8, 2).cumsum(0), None, 20)
-    shares = found.probabilities * 200
+    shares = found.probabilities * 1000  # of 200 samples and four smoothed copies of each
     torch.testing.assert_close(shares, shares.round(), rtol=0, atol=1e-4)
     assert set(found.extra) == {"seconds"}
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from neurocl.trajectory.selection import kmeans, medoids, select
+from neurocl.trajectory.selection import kmeans, medoids, select, smoothed
 from tests.conftest import reference
 
 FIXTURES = ["kmeans_0", "kmeans_1"]
@@ -142,3 +142,45 @@ def test_a_scene_of_eleven_agents_is_clustered_in_milliseconds() -> None:
         seconds.append(time.process_time() - start)
     # The aim is 15 ms; the rest is for a machine that is busy or slower.
     assert min(seconds) < 0.05
+
+
+def test_smoothing_keeps_the_samples_their_mean_and_their_covariance():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(4, 4, dtype=torch.float64, generator=generator)
+    points = torch.randn(1, 5000, 4, dtype=torch.float64, generator=generator) @ mixing + 3
+    more = smoothed(points, 0.6, generator)
+    assert more.shape == (1, 25_000, 4)
+    assert torch.equal(more[:, :5000], points)
+    copies = more[0, 5000:]
+    torch.testing.assert_close(copies.mean(dim=0), points[0].mean(dim=0), rtol=0, atol=0.1)
+    torch.testing.assert_close(copies.T.cov(), points[0].T.cov(), rtol=0.05, atol=0.15)
+
+
+def test_smoothing_moves_nobody_whose_samples_agree():
+    points = torch.arange(6.0).view(2, 1, 3).expand(-1, 10, -1)
+    torch.testing.assert_close(smoothed(points, 0.5), points[:, :1].expand(-1, 50, -1))
+
+
+def test_centroids_of_few_smoothed_samples_are_nearer_to_those_of_many():
+    generator = torch.Generator().manual_seed(0)
+    many = torch.randn(3000, 8, 1, 6, 2, generator=generator).cumsum(dim=3)
+    fresh = torch.randn(500, 8, 1, 6, 2, generator=generator).cumsum(dim=3)
+
+    def distortion(samples, smoothing):
+        found = select(samples, 20, smoothing=smoothing, generator=generator).trajectories
+        return float((found[:, None] - fresh).square().sum(dim=(-1, -2)).min(dim=0).values.mean())
+
+    few = many[:100]
+    assert distortion(many, 0.0) < distortion(few, 0.5) < 0.95 * distortion(few, 0.0)
+
+
+def test_shares_of_smoothed_clusters_add_up_and_other_choices_are_not_smoothed():
+    samples = torch.randn(50, 2, 3, 4, 2, generator=torch.Generator().manual_seed(0))
+    chosen = select(samples, 5, smoothing=0.5, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(chosen.probabilities.sum(dim=0), torch.ones(2, 3))
+    for how in ("medoids", "samples"):
+        plain, again = (
+            select(samples, 5, how=how, smoothing=value, generator=torch.Generator().manual_seed(1))
+            for value in (0.0, 0.5)
+        )
+        assert torch.equal(plain.trajectories, again.trajectories)
