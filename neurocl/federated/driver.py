@@ -336,7 +336,8 @@ def run_federated(
         RunError: the federation broke down, or the disk is full.
         Interrupted: stopped by the user; everything is saved.
     """
-    folder = RunFolder.create(out, stem=f"federated-{config.method}-{config.dataset}-{config.seed}")
+    dataset = config.dataset.replace(":", "-")
+    folder = RunFolder.create(out, stem=f"federated-{config.method}-{dataset}-{config.seed}")
     try:
         return _run(config, folder, say, faults, connect, fresh=True), folder.path
     except BaseException:

@@ -354,7 +354,7 @@ def test_addresses_and_security_are_checked_before_anything_starts(tmp_path: Pat
     outside, inside = Address.parse("0.0.0.0:80"), Address.parse("127.0.0.1:80")
     for security, address, words in (
         (Security(), outside, "can be reached from other machines"),
-        (Security(ca=files["ca.crt"]), inside, "--cert and --key is missing"),
+        (Security(ca=files["ca.crt"]), inside, "not given: --cert, --key"),
         (Security(clients=tmp_path), inside, "--auth needs TLS"),
         (Security(tmp_path / "no", files["server.crt"], files["server.key"]), inside, "no such file"),
     ):

@@ -97,7 +97,7 @@ class Security:
         files = {"--ca": self.ca, "--cert": self.certificate, "--key": self.key}
         missing = [name for name, path in files.items() if path is None]
         if 0 < len(missing) < len(files):
-            raise UserError(f"TLS needs --ca, --cert and --key; {' and '.join(missing)} is missing")
+            raise UserError(f"TLS needs --ca, --cert and --key; not given: {', '.join(missing)}")
         for path in files.values():
             if path is not None and not path.is_file():
                 raise UserError(f"{path}: no such file")
