@@ -30,6 +30,7 @@ CALIBRATION = Calibration(
     steps=3,
     sampler="unmask",
     select="centroids",
+    smoothing=0.5,
     num_agents=100,
     unit="m",
 )
