@@ -24,7 +24,8 @@ import torch
 from neurocl.devices import cpu_name
 from neurocl.federated import FederatedConfig, PartitionConfig, SequentialExchange, Stores, method_for, problem_for
 from neurocl.federated.payload import Payload
-from neurocl.federated.unlearning import OWN_SHARE, Judge, Remaining, compared, remove
+from neurocl.federated.unlearning import Remaining, remove
+from neurocl.federated.unlearning_judge import OWN_SHARE, Judge, compared
 
 ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 COLUMNS = {

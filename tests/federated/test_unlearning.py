@@ -25,16 +25,8 @@ from neurocl.federated.method import Reply, Samples
 from neurocl.federated.partition import PartitionConfig
 from neurocl.federated.payload import Payload, encode
 from neurocl.federated.tangent import ENTERED, LEDGER, SCALES, Tangent
-from neurocl.federated.unlearning import (
-    Judge,
-    Remaining,
-    default_alpha,
-    function_distance,
-    largest_scale,
-    membership_auc,
-    remove,
-    unlearn,
-)
+from neurocl.federated.unlearning import Remaining, default_alpha, largest_scale, remove, unlearn
+from neurocl.federated.unlearning_judge import Judge, function_distance, membership_auc
 from neurocl.report import group, read_results
 from neurocl.runs import RunFolder
 from tests.federated.small_problem import config, in_memory
