@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neurocl import backbones, continual, data, merging, spiking, trajectory
+    from neurocl import backbones, continual, data, federated, merging, spiking, trajectory
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backbones", "continual", "data", "merging", "spiking", "trajectory"]
+__all__ = ["__version__", "backbones", "continual", "data", "federated", "merging", "spiking", "trajectory"]
 
 
 def __getattr__(name: str) -> Any:

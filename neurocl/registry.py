@@ -6,12 +6,10 @@ names costs nothing. Other packages join through the entry-point group ``neurocl
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import entry_points
 from typing import Any
 
 from neurocl.errors import UserError
@@ -19,6 +17,8 @@ from neurocl.errors import UserError
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the choice closest to ``word``, or an empty string."""
+    import difflib
+
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -67,6 +67,8 @@ class Registry:
 
     @cached_property
     def _plugins(self) -> dict[str, Entry]:
+        from importlib.metadata import entry_points  # dear, and not needed for --help
+
         found = {}
         for point in entry_points(group=f"neurocl.{self.kind}"):
             source = point.dist.name if point.dist is not None else "plug-in"

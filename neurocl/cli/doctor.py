@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,8 @@ def examine() -> list[dict[str, str]]:
 
     def add(state: str, what: str, text: Any) -> None:
         found.append({"state": state, "what": what, "found": str(text)})
+
+    from importlib.metadata import PackageNotFoundError, version
 
     from neurocl import __version__
 

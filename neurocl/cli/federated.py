@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,6 +162,8 @@ def compare(
     quiet: QuietOption = False,
 ) -> None:
     """Run several methods over the same clients and seeds, and print them beside each other: accuracy against bytes."""
+    from statistics import fmean
+
     from neurocl.config import merged
     from neurocl.federated.comparison import compare as measure
 
@@ -183,9 +184,9 @@ def compare(
     for name, results in found.items():
         final = [result["metrics"]["class_il"]["final_average_accuracy"] for result in results]
         forgotten = [result["metrics"]["class_il"]["forgetting"] for result in results]
-        up = statistics.fmean(result["bytes"]["up"] for result in results) / 1e6
-        down = statistics.fmean(result["bytes"]["down"] for result in results) / 1e6
-        seconds = statistics.fmean(result["seconds"]["total"] for result in results)
+        up = fmean(result["bytes"]["up"] for result in results) / 1e6
+        down = fmean(result["bytes"]["down"] for result in results) / 1e6
+        seconds = fmean(result["seconds"]["total"] for result in results)
         rows.append([name, _spread(final), _spread(forgotten), f"{up:.2f}", f"{down:.2f}", f"{seconds:.1f}"])
     _print_rows(["method", "accuracy %", "forgetting", "MB up", "MB down", "seconds"], rows, form)
 
@@ -450,8 +451,10 @@ def _print_removal(report: dict[str, Any]) -> None:
 
 
 def _spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+    from statistics import fmean, stdev
+
+    mean = f"{fmean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.2f}"
 
 
 def _print_rows(header: Sequence[str], rows: Sequence[Sequence[str]], form: str) -> None:
