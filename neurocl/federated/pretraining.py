@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from neurocl import __version__
 from neurocl.data.locate import cache_dir
 from neurocl.federated.method import Samples
 from neurocl.federated.network import Classifier
@@ -55,7 +56,9 @@ def pretrained(recipe: Recipe, build: Callable[[], Classifier], samples: Samples
     Raises:
         RunError: the cache cannot be written.
     """
-    key = json.dumps([asdict(recipe), torch.__version__, list(samples.x.shape), float(samples.x.double().sum())])
+    labels = hashlib.sha256(samples.y.numpy().tobytes()).hexdigest()
+    data = [list(samples.x.shape), float(samples.x.double().sum()), labels]
+    key = json.dumps([asdict(recipe), __version__, torch.__version__, *data])
     kept = cache_dir() / "federated" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if kept.is_file():
         try:

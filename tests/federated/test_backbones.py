@@ -70,8 +70,9 @@ def test_pretraining_keeps_other_recipes_and_data_apart_and_mends_a_damaged_file
     pretrained(Recipe("small", epochs=1, batch_size=8, lr=0.01), small, samples)
     pretrained(Recipe("small", epochs=1, batch_size=8, lr=0.02, warmup=0.2), small, samples)
     pretrained(Recipe("small", epochs=1, batch_size=8, lr=0.01), small, Samples(samples.x + 1, samples.y))
+    pretrained(Recipe("small", epochs=1, batch_size=8, lr=0.01), small, Samples(samples.x, samples.y.flip(0)))
     files = sorted((tmp_path / "cache" / "federated").iterdir())
-    assert len(files) == 3
+    assert len(files) == 4
     whole = pretrained(Recipe("small", epochs=1, batch_size=8, lr=0.01), small, samples)
     for path in files:
         path.write_bytes(path.read_bytes()[:20])

@@ -179,6 +179,6 @@ def test_replies_that_do_not_fit_are_named() -> None:
     assert "negative" in method.objection(state, place(method), Payload(negative, good.meta))
 
 
-def test_the_first_task_is_learnt_and_a_run_resumes_nothing_else() -> None:
+def test_a_run_learns_the_digits() -> None:
     run, _ = in_memory(config(method="pilora", backbone="vit", classes_per_task=(4,), rounds=4, local_epochs=5))
     assert run.run()["metrics"]["class_il"]["final_average_accuracy"] > 60
