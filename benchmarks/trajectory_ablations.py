@@ -1,12 +1,14 @@
 """What the parts of the forecaster are worth, on validation and test scenes of real data.
 
     python benchmarks/trajectory_ablations.py cells    # instance or fixed codebook x decoder with or without the past
+    python benchmarks/trajectory_ablations.py codes    # the last two of them with 64 codes instead of 16
     python benchmarks/trajectory_ablations.py ranks    # 0 to 16, in the released design
     python benchmarks/trajectory_ablations.py additions  # codes, geometry and heading, one after the other
+    python benchmarks/trajectory_ablations.py revival  # of codes that nobody uses, in the default model
     python benchmarks/trajectory_ablations.py priors   # the four priors over the same codes
     python benchmarks/trajectory_ablations.py steps RUN  # samplers and their steps, of a finished run
 
-The first three train stage 1 alone and tell how well true futures come back from their codes (mean and last distance,
+The first five train stage 1 alone and tell how well true futures come back from their codes (mean and last distance,
 perplexity of the codes), all arms with the same budget and the same batches. ``steps`` compares everything with the
 most steps: the last columns are the change of minADE in per cent and half its 95 % interval over agents. Everything is
 kept in ``--out``, and a second call with the same settings goes on where the first one stopped.
@@ -51,6 +53,9 @@ CELLS: dict[str, dict[str, Any]] = {
     for past in (False, True)
     for book, rank in (("fixed", 0), ("instance", 8))
 }
+CODES: dict[str, dict[str, Any]] = {
+    f"64 codes, {name}": {**model, "num_codes": 64} for name, model in CELLS.items() if model["decoder_cross_attention"]
+}
 RANKS: dict[str, dict[str, Any]] = {f"rank {rank}": {"rank": rank} for rank in (0, 1, 2, 4, 8, 16)}
 ADDITIONS: dict[str, dict[str, Any]] = {
     "faithful": {},
@@ -59,7 +64,10 @@ ADDITIONS: dict[str, dict[str, Any]] = {
     "+ geometry": {"decoder_cross_attention": True, "num_codes": 64, "geometry": True},
     "+ heading": {"decoder_cross_attention": True, "num_codes": 64, "geometry": True, "heading": True},
 }
-ARMS = {"cells": CELLS, "ranks": RANKS, "additions": ADDITIONS}
+ARMS: dict[str, dict[str, dict[str, Any]]] = {
+    what: {name: {"faithful": True, "model": model} for name, model in arms.items()}
+    for what, arms in {"cells": CELLS, "codes": CODES, "ranks": RANKS, "additions": ADDITIONS}.items()
+} | {"revival": {f"revival every {steps} steps": {"revive_every": steps} for steps in (0, 20)}}
 
 
 SAMPLERS: tuple[tuple[Literal["posterior", "unmask"], int], ...] = (
@@ -131,10 +139,10 @@ def base(options: argparse.Namespace, seed: int, **more: Any) -> TrajectoryConfi
 
 def reconstruct_arms(options: argparse.Namespace, kept: Kept) -> None:
     for seed in options.seeds:
-        for name, model in ARMS[options.what].items():
+        for name, changes in ARMS[options.what].items():
             key = f"{name} | {seed}"
             if key not in kept.found:
-                config = base(options, seed, faithful=True, model=model)
+                config = base(options, seed, **changes)
                 kept[key] = stage1(config, options.out / f"{options.what}-{len(kept.found)}-{int(time.time())}")[1]
                 print(key, shown(kept.found[key]), flush=True)
 

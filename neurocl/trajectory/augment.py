@@ -1,4 +1,4 @@
-"""Random changes to scenes for training: turning, mirroring, forgetting, shaking and leaving out, scene by scene.
+"""Random changes to scenes for training: turned, mirrored, resized, shaken, with gaps and without some agents.
 
 ``S`` scenes, ``A`` agents, ``T_o`` observed steps. Everything draws on the CPU from the generator given, so that
 results are the same on every device.
@@ -28,8 +28,9 @@ def augmented(
     shorten: float = 0.0,
     jitter: float = 0.0,
     absent: float = 0.0,
+    resize: float = 1.0,
 ) -> Scenes:
-    """Several of the changes below, in the order turn, mirror, leave out, shake, drop, shorten.
+    """Several of the changes below, in the order turn, mirror, resize, leave out, shake, drop, shorten.
 
     Args:
         scenes: a batch; it stays as it is.
@@ -41,9 +42,10 @@ def augmented(
         shorten: see :func:`shortened`.
         jitter: see :func:`jittered`.
         absent: see :func:`thinned`.
+        resize: see :func:`resized`; 1 for not at all.
 
     Raises:
-        UserError: a probability that is not in 0 to 1, or negative degrees or noise.
+        UserError: a probability that is not in 0 to 1, negative degrees or noise, or a largest size below 1.
     """
     for value, what in ((drop, "drop"), (shorten, "shorten"), (absent, "absent")):
         if not 0 <= value <= 1:
@@ -51,10 +53,14 @@ def augmented(
     for value, what in ((rotation, "rotation"), (jitter, "jitter")):
         if not 0 <= value < math.inf:
             raise UserError(f"{what} must be at least 0, got {value}")
+    if not 1 <= resize < math.inf:
+        raise UserError(f"resize must be at least 1, got {resize}")
     if rotation:
         scenes = rotated(scenes, generator, rotation)
     if reflection:
         scenes = reflected(scenes, generator, field)
+    if resize > 1:
+        scenes = resized(scenes, generator, resize)
     if absent:
         scenes = thinned(scenes, generator, absent)
     if jitter:
@@ -92,6 +98,17 @@ def reflected(scenes: Scenes, generator: torch.Generator, field: Sequence[float]
         centre = torch.tensor([[field[0] / 2, field[1] / 2]], dtype=torch.float64, device=scenes.past.device)
         centre = centre.expand(len(scenes), 2)
     return _moved(scenes, torch.diag_embed(sign), centre)
+
+
+def resized(scenes: Scenes, generator: torch.Generator, largest: float) -> Scenes:
+    """Make every scene smaller or larger around its centre, by a factor from 1 / ``largest`` to ``largest``.
+
+    Smaller and larger are equally likely, the logarithm of the factor is uniform. People then walk at other speeds, as
+    in recordings of another place or of another frame rate.
+    """
+    draw = torch.rand(len(scenes), generator=generator, dtype=torch.float64)
+    factor = ((2 * draw - 1) * math.log(largest)).exp()
+    return _moved(scenes, torch.diag_embed(factor[:, None].expand(-1, 2)), centres(scenes))
 
 
 def thinned(scenes: Scenes, generator: torch.Generator, probability: float) -> Scenes:

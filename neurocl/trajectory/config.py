@@ -53,6 +53,7 @@ class AugmentConfig(Config):
     shorten: Annotated[float, Field(ge=0, le=1)] = 0.0
     absent: Annotated[float, Field(ge=0, lt=1)] = 0.0
     jitter: Annotated[float, Field(ge=0)] = 0.0
+    resize: Annotated[float, Field(ge=1)] = 1.0
 
 
 class TrajectoryConfig(Config):
@@ -73,11 +74,12 @@ class TrajectoryConfig(Config):
         loss: of the diffusion.
         drop_past: share of the scenes whose past stage 2 is not shown, for forecasts drawn with ``guidance``.
         stage1, stage2: budgets.
-        augment: None takes what suits the data set.
+        augment: None, and what it leaves open, takes what suits the data set.
         max_agents: of fuller training scenes, a random agent and those nearest to it; None takes what suits the data.
         scale: units of the data that make one unit of the network; None takes what suits the data set.
         strength_from, strength_to: share of stage 1 at which the instance part of the codebook begins and is complete.
-        revive_every: updates between revivals of dead codes in the first half of stage 1; 0 for none.
+        revive_every: updates between revivals of dead codes in the first half of stage 1; 0 for none, as in the paper;
+            None for 20, or 0 if ``faithful``.
         max_validation_scenes: scenes used for model selection.
         seed, device, precision, threads: of the run.
     """
@@ -103,7 +105,7 @@ class TrajectoryConfig(Config):
     scale: Annotated[float, Field(gt=0)] | None = None
     strength_from: Annotated[float, Field(ge=0, le=1)] = 0.15
     strength_to: Annotated[float, Field(ge=0, le=1)] = 0.5
-    revive_every: Annotated[int, Field(ge=0)] = 0
+    revive_every: Annotated[int, Field(ge=0)] | None = None
     max_validation_scenes: Annotated[int, Field(ge=1)] = 500
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
@@ -201,11 +203,12 @@ def completed(config: TrajectoryConfig) -> TrajectoryConfig:
     """The configuration with everything filled in that was left to the data set; complete ones stay as they are."""
     suited = WALKS if config.files else SUITED.get(config.dataset, WALKS)
     values: dict[str, Any] = {
-        "augment": config.augment or suited.augment,
+        "augment": suited.augment.model_copy(update=_own(config.augment)),
         "max_agents": config.max_agents or suited.max_agents,
         "scale": config.scale or suited.scale,
         "model": config.model if config.faithful else {**suited.model, **config.model},
         "trunk": config.trunk if config.faithful else {**suited.trunk, **config.trunk},
+        "revive_every": (0 if config.faithful else 20) if config.revive_every is None else config.revive_every,
     }
     for name, usual in zip(("stage1", "stage2"), suited.steps, strict=True):
         own: StageConfig = getattr(config, name)
@@ -214,6 +217,11 @@ def completed(config: TrajectoryConfig) -> TrajectoryConfig:
         filled = {"steps": steps, "batch_size": own.batch_size or suited.batch_size, "validate_every": looks}
         values[name] = own.model_copy(update=filled)
     return config.model_copy(update=values)
+
+
+def _own(augment: AugmentConfig | None) -> dict[str, Any]:
+    """What was asked for."""
+    return {} if augment is None else {name: getattr(augment, name) for name in augment.model_fields_set}
 
 
 class Budget(NamedTuple):

@@ -16,6 +16,7 @@ from neurocl.trajectory.augment import (
     dropped,
     jittered,
     reflected,
+    resized,
     rotated,
     shortened,
     thinned,
@@ -55,6 +56,22 @@ def test_a_small_rotation_stays_within_its_degrees(scenes: Scenes) -> None:
     before, after = (part.future[:, 0, -1] - part.past[:, 0, 0] for part in (scenes, turned))
     cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=1)
     assert (cosine[before.norm(dim=1) > 0.1] > math.cos(math.radians(5.01))).all()
+
+
+def test_resizing_multiplies_all_distances_of_a_scene_by_one_factor_between_the_bounds(scenes: Scenes) -> None:
+    other = resized(scenes, seeded(), 2.0)
+    assert torch.allclose(centres(other), centres(scenes), atol=1e-4)
+    before, after = distances(scenes), distances(other)
+    apart = (before > 0.5) & scenes.agent_mask[:, :, None] & scenes.agent_mask[:, None]
+    factors = (after / before.clamp(min=1e-9)).masked_fill(~apart, torch.nan)
+    middle = factors.flatten(1).nanmedian(dim=1).values
+    assert torch.allclose(factors[apart], middle[:, None, None].expand_as(factors)[apart], atol=1e-3)
+    assert ((middle > 0.5) & (middle < 2)).all()
+    assert 0.3 < (middle > 1).double().mean() < 0.7
+    ahead, usual = ((part.future - part.past[:, :, -1:])[:, 0, -1].norm(dim=-1) for part in (other, scenes))
+    assert torch.allclose(ahead, middle.float() * usual, atol=1e-3)
+    with pytest.raises(UserError, match="resize must be at least 1"):
+        augmented(scenes, seeded(), resize=0.5)
 
 
 def test_reflection_on_a_field_keeps_people_on_it(scenes: Scenes) -> None:

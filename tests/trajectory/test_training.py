@@ -12,7 +12,7 @@ from neurocl.config import validate
 from neurocl.errors import Interrupted, UserError
 from neurocl.runs import RunFolder
 from neurocl.trajectory.codebook import InstanceCodebook
-from neurocl.trajectory.config import budget, completed, resolve
+from neurocl.trajectory.config import AugmentConfig, budget, completed, resolve
 from neurocl.trajectory.diffusion import MaskReplaceDiffusion
 from neurocl.trajectory.forecaster import Forecaster, SamplingConfig, Shape
 from neurocl.trajectory.training import Trainer, load_split, resume, train
@@ -262,8 +262,12 @@ def test_what_is_asked_for_is_kept():
     assert (config.scale, config.max_agents) == (2.0, 3)
     assert config.model == {"absolute": True, "heading": True, "neighbours": 0}
     assert budget(config.stage1)[::2] == (7, 2)
+    resized = completed(resolve("small", {"dataset": "eth-ucy:eth", "augment": {"resize": 2.0}}))
+    assert resized.augment == AugmentConfig(rotation=360, reflection=True, resize=2.0)
     faithful = completed(resolve("small", {"dataset": "nba", "faithful": True}))
     assert faithful.model == {}
+    assert (faithful.revive_every, config.revive_every) == (0, 20)
+    assert completed(resolve("small", {"revive_every": 0})).revive_every == 0
     with pytest.raises(ValueError, match="not completed"):
         budget(resolve("small").stage1)
 
