@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/neurocl spiking train
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --durations=15
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_a_run_killed_again_and_again_ends_with_the_same_numbers(start, neurocl, tmp_path, whole, seed):
     run = tmp_path / "run"
     rng = random.Random(seed)
