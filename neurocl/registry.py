@@ -59,10 +59,17 @@ class Entry:
 
 
 class Registry:
-    """A table of names of one kind (``methods``, ``datasets``, ``backbones`` ...)."""
+    """A table of names of one kind (``methods``, ``datasets``, ``backbones`` ...).
 
-    def __init__(self, kind: str, builtins: Iterable[Entry] = ()) -> None:
+    Args:
+        kind: also the entry-point group ``neurocl.<kind>``.
+        builtins: the names to begin with.
+        word: what a message calls one of them; None for ``kind`` without its last s.
+    """
+
+    def __init__(self, kind: str, builtins: Iterable[Entry] = (), *, word: str | None = None) -> None:
         self.kind = kind
+        self.word = word or kind.removesuffix("s")
         self._entries = {entry.name: entry for entry in builtins}
 
     @cached_property
@@ -106,13 +113,12 @@ class Registry:
             if entry.name == name:
                 return entry
         choices = self.names(area)
-        kind = self.kind.removesuffix("s")
         for entry in self.entries():
             if entry.name == name:
                 raise UserError(
-                    f"{kind} {name!r} is for `neurocl {' or '.join(entry.areas)}`, not for `neurocl {area}`"
+                    f"{self.word} {name!r} is for `neurocl {' or '.join(entry.areas)}`, not for `neurocl {area}`"
                 )
-        raise UserError(f"unknown {kind} {name!r}{did_you_mean(name, choices)} (choose from {', '.join(choices)})")
+        raise UserError(f"unknown {self.word} {name!r}{did_you_mean(name, choices)} (choose from {', '.join(choices)})")
 
     def load(self, name: str, area: str | None = None) -> Any:
         """Import and return what is registered under ``name``; raises UserError if nothing is."""

@@ -167,19 +167,26 @@ def print_summary(documents: Sequence[dict[str, Any]], *, stderr: bool = False) 
     from rich.table import Table
 
     console = Console(stderr=stderr, highlight=False)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("method", overflow="fold")
     rows = group(documents)
-    columns = columns_of(rows)
-    for title in ("runs", *columns, "s"):
+    numbers = {"runs": [str(row.num_runs) for row in rows]}
+    for title in columns_of(rows):
         shown = title.replace("average incremental", "avg. incr.")
-        table.add_column(shown, justify="right", min_width=max(len(word) for word in shown.split()))
-    for row in rows:
-        seconds = np.mean([document["seconds"]["total"] for document in row.documents])
-        cells = [row.cell(title, decimals=1 if row.num_runs > 1 else 2) for title in columns]
-        table.add_row(escape(row.label), str(row.num_runs), *cells, f"{seconds:.0f}")
+        numbers[shown] = [row.cell(title, decimals=1 if row.num_runs > 1 else 2) for row in rows]
+    numbers["s"] = [f"{np.mean([d['seconds']['total'] for d in row.documents]):.0f}" for row in rows]
+    words = max(len(word) for row in rows for word in ("method", *row.label.split()))
     console.print(f"[bold]{escape(_protocol(documents))}[/bold]")
-    console.print(table)
+    # rich would fold numbers and cut words where the terminal is narrow
+    labels = max(len(row.label) for row in rows)
+    whole = labels + sum(2 + max(len(title), *map(len, cells)) for title, cells in numbers.items())
+    narrow = whole > console.width
+    for titles in _in_width(numbers, console.width - min(words, console.width // 3)):
+        table = Table(box=None, pad_edge=False)
+        table.add_column("method", overflow="fold")
+        for title in titles:
+            table.add_column("\n".join(title.split(" ")) if narrow else title, justify="right", no_wrap=True)
+        for index, row in enumerate(rows):
+            table.add_row(escape(row.label), *(numbers[title][index] for title in titles))
+        console.print(table)
     unfinished = [document for document in documents if document["status"] != "finished"]
     for document in unfinished:
         done = len(document["accuracy"]["class_il"])
@@ -188,6 +195,20 @@ def print_summary(documents: Sequence[dict[str, Any]], *, stderr: bool = False) 
             f"{len(document['protocol']['tasks'])} tasks; its figures are over those",
             markup=False,
         )
+
+
+def _in_width(columns: dict[str, list[str]], width: int) -> list[list[str]]:
+    """Titles of columns, in as many parts as it takes for each to fit; titles are broken into their words."""
+    parts: list[list[str]] = [[]]
+    left = width
+    for title, cells in columns.items():
+        needed = 2 + max(len(word) for word in (*title.split(), *cells))
+        if needed > left and parts[-1]:
+            parts.append([])
+            left = width
+        parts[-1].append(title)
+        left -= needed
+    return parts
 
 
 def print_accuracies(class_il: Sequence[float], task_il: Sequence[float]) -> None:

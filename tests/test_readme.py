@@ -162,6 +162,7 @@ def test_the_configuration_page_names_every_key():
     models += (federated.FederatedConfig, federated.PartitionConfig)
     keys = {name for model in models for name in model.model_fields}
     keys |= {f"privacy.{key}" for key in federated.PrivacyConfig.model_fields}
+    keys |= {f"secure_sum.{key}" for key in federated.SecureSumConfig.model_fields}
     assert not {key for key in keys if f"`{key}`" not in page}
 
 

@@ -32,6 +32,14 @@ def test_an_unknown_name_suggests_the_nearest():
         registry.entry("stear")
 
 
+def test_a_registry_may_have_a_users_word_for_its_entries():
+    registry = Registry("aggregators", [Entry("fedavg", 1, "", ("x",))], word="method")
+    with pytest.raises(UserError, match=r"unknown method 'fedag'; did you mean 'fedavg'\?"):
+        registry.entry("fedag")
+    with pytest.raises(UserError, match="method 'fedavg' is for `neurocl x`"):
+        registry.entry("fedavg", "y")
+
+
 def test_names_are_taken_once_unless_replaced():
     registry = Registry("things")
     registry.register("a", 1, "one")

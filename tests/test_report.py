@@ -97,6 +97,27 @@ def test_odd_names_break_neither_tables_nor_files(runs, tmp_path, capsys):
     assert all(path.parent == tmp_path and path.stat().st_size > 0 for path in written)
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_narrow_terminal_cuts_no_word_and_no_number(runs, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    (document,) = documents(runs, "er-0")
+    traffic = {"up_mb": 123.456, "down_mb": 98765.4321}
+    seeds = [
+        {
+            **document,
+            "config": {**document["config"], "method": "coda-prompt"},
+            "seed": seed,
+            "metrics": {**document["metrics"], "traffic": traffic},
+        }
+        for seed in (0, 1)
+    ]
+    print_summary([*seeds, document])
+    shown = capsys.readouterr().out
+    for word in ("coda-prompt", "accuracy", "forgetting", "transfer", "98765.4 ± 0.0"):
+        assert word in shown
+    assert max(len(line.rstrip()) for line in shown.splitlines()[1:]) <= width
+
+
 def test_tensorboard_keeps_what_was_logged_before_a_stop(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     values = {"area": "continual", "method": "er", "tensorboard": True, **QUICK}

@@ -45,6 +45,9 @@ SetOption = Annotated[
 DataOption = Annotated[
     Path | None, typer.Option(help="Folder with data sets.", envvar="NEUROCL_DATA", show_default="the user's cache")
 ]
+SecureSumOption = Annotated[
+    bool, typer.Option("--secure-sum", help="The server sees nothing but sums over its clients.")
+]
 SmokeOption = Annotated[bool, typer.Option("--smoke", help="Two clients, one round, one epoch: done in seconds.")]
 ResumeOption = Annotated[Path | None, typer.Option(help="Go on with this run, as it was set up.", show_default=False)]
 
@@ -72,6 +75,7 @@ def run(
     config: ConfigOption = None,
     assignments: SetOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.", show_default="0")] = None,
+    secure_sum: SecureSumOption = False,
     runtime: Annotated[str, typer.Option(help="local, or flower-sim for Flower's simulation.")] = "local",
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/...")] = None,
     resume: ResumeOption = None,
@@ -89,7 +93,8 @@ def run(
 
         check_ray()
         connect = simulating
-    own = {key: value for key, value in (("method", method), ("seed", seed)) if value is not None}
+    given: dict[str, Any] = {"method": method, "seed": seed, "secure_sum": {} if secure_sum else None}
+    own = {key: value for key, value in given.items() if value is not None}
     flags = {**flags_of(dataset, clients, beta, rounds, local_epochs, lr, workers, data_dir), **own}
     if resume is not None:
         refuse_changes(flags, config=config, set=assignments, smoke=smoke, out=out)
@@ -203,7 +208,9 @@ def unlearn(
     ] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="How much of the vector is subtracted.", show_default="the client's share, 0.1 to 0.5"),
+        typer.Option(
+            help="How much of the vector is subtracted, 0 to 2.", show_default="the client's share, 0.1 to 0.5"
+        ),
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="The largest alpha that keeps 95 % of what the remaining clients get right.")

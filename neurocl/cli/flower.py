@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,7 @@ def server(
     config: federated.ConfigOption = None,
     assignments: federated.SetOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.", show_default="0")] = None,
+    secure_sum: federated.SecureSumOption = False,
     address: Annotated[
         str, typer.Option(help="Where clients connect, HOST:PORT.", rich_help_panel=NETWORK)
     ] = "127.0.0.1:8443",
@@ -57,7 +58,7 @@ def server(
     security = Security(ca, cert, key, auth)
     say = None if quiet else lambda line: typer.echo(line, err=True)
     connect = serving(Address.parse(address), security, insecure=insecure, patience=wait, say=say)
-    own = {"method": method, "seed": seed}
+    own: dict[str, Any] = {"method": method, "seed": seed, "secure_sum": {} if secure_sum else None}
     flags = federated.flags_of(dataset, clients, beta, rounds, local_epochs, lr, None, data_dir)
     flags |= {name: value for name, value in own.items() if value is not None}
     if resume is not None:
@@ -78,6 +79,9 @@ def client(
         Path | None,
         typer.Option(help="Folder with the network, if the server starts from one.", show_default=False),
     ] = None,
+    secure_sum: Annotated[
+        bool, typer.Option("--secure-sum", help="Refuse servers that would see this client's replies by themselves.")
+    ] = False,
     root_certificates: Annotated[Path | None, _file("Who signed the server's certificate.")] = None,
     auth_key: Annotated[Path | None, _file("This client's private key.")] = None,
     insecure: InsecureOption = False,
@@ -94,7 +98,15 @@ def client(
     federated.check_dataset(dataset)
     chosen = str(resolve_device(device))
     join(
-        Own(client=number, dataset=dataset, data_dir=data_dir, backbone=backbone, device=chosen, threads=threads),
+        Own(
+            client=number,
+            dataset=dataset,
+            data_dir=data_dir,
+            backbone=backbone,
+            secure_sum=secure_sum,
+            device=chosen,
+            threads=threads,
+        ),
         Address.parse(server),
         store or Path("runs") / f"client-{number}",
         root_certificates=root_certificates,

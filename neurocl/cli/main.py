@@ -15,6 +15,7 @@ from neurocl.cli import (
     data,
     doctor,
     federated,
+    federated_export,
     flower,
     merging,
     merging_about,
@@ -70,6 +71,7 @@ app.add_typer(merging.app, name="merging", rich_help_panel="Areas")
 trajectory.app.command()(trajectory_plot.plot)
 trajectory.app.command()(trajectory_export.export)
 app.add_typer(trajectory.app, name="trajectory", rich_help_panel="Areas")
+federated.app.command()(federated_export.export)
 federated.app.command()(flower.server)
 federated.app.command()(flower.client)
 federated.app.command()(flower.keys)

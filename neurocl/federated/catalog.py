@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neurocl.errors import UserError
+from neurocl.errors import NeuroclError, UserError
 from neurocl.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from neurocl.federated.config import FederatedConfig
     from neurocl.federated.method import FederatedMethod
+    from neurocl.federated.network import Classifier
     from neurocl.federated.problem import Problem, Source
 
 FEDERATED = Registry(
@@ -52,6 +58,7 @@ FEDERATED = Registry(
         Entry("trimmed-mean", "neurocl.federated.robust:TrimmedMean", "mean without the extremes", ("federated",)),
         Entry("krum", "neurocl.federated.robust:Krum", "the reply nearest to its neighbours", ("federated",)),
     ],
+    word="method",
 )
 
 PROBLEMS = Registry(
@@ -67,11 +74,16 @@ PROBLEMS = Registry(
             )
         ),
     ],
+    word="data set",
 )
 
 
-def problem_for(config: FederatedConfig) -> Problem:
+def problem_for(config: FederatedConfig, source: Source | None = None) -> Problem:
     """The problem of a configuration.
+
+    Args:
+        config: of the run.
+        source: in the place of the one that the configuration names.
 
     Raises:
         UserError: no such data set, method or device, data that are not there, or tasks or a partition that do not fit.
@@ -81,7 +93,7 @@ def problem_for(config: FederatedConfig) -> Problem:
 
     method: type[FederatedMethod] = FEDERATED.load(config.method)
     config = method.arranged(config).model_copy(update={"device": str(resolve_device(config.device))})
-    return Problem(config, _source(config))
+    return Problem(config, source or _source(config))
 
 
 def _source(config: FederatedConfig) -> Source:
@@ -92,17 +104,53 @@ def _source(config: FederatedConfig) -> Source:
         return found
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a file beside the user, as Python itself would find it
-    made = Entry(config.dataset, config.dataset, "", source="your own").load()(config)
+    with told_in_one_line(config.dataset):
+        made = Entry(config.dataset, config.dataset, "", source="your own").load()(config)
     if not isinstance(made, Source):
         raise UserError(f"{config.dataset} must return a neurocl.federated.Source, not {type(made).__name__}")
-    return made
+
+    def build() -> Classifier:
+        with told_in_one_line(config.dataset):
+            return made.build()
+
+    return replace(made, build=build)
+
+
+@contextmanager
+def told_in_one_line(name: str) -> Iterator[None]:
+    """An exception of a user's own code as one line that says where it was raised; ``--debug`` shows all of it.
+
+    Raises:
+        UserError: for any exception but our own.
+    """
+    try:
+        yield
+    except NeuroclError:
+        raise
+    except Exception as error:
+        # The last frame in a file of the user's; what it called into is of less use.
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__)[1:] if not installed(frame.filename)]
+        where = f" in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+        said = " ".join(str(error).split())
+        raise UserError(f"{name} raised {type(error).__name__}{where}: {said} (--debug shows the traceback)") from error
+
+
+def installed(file: str) -> bool:
+    """Whether a file belongs to neurocl, to Python or to an installed package."""
+    ours = Path(__file__).parents[1]
+    return (
+        file.startswith("<")
+        or "site-packages" in Path(file).parts
+        or Path(file).is_relative_to(ours)
+        or Path(file).is_relative_to(Path(os.__file__).parent)
+    )
 
 
 def method_for(problem: Problem) -> FederatedMethod:
     """The method of a problem's configuration, with its options.
 
     Raises:
-        UserError: no such method, or an unknown or wrong option.
+        UserError: no such method, an unknown or wrong option, or one that has no privacy or secure sums.
     """
     from neurocl.config import validate
 
@@ -110,8 +158,14 @@ def method_for(problem: Problem) -> FederatedMethod:
     kind: type[FederatedMethod] = FEDERATED.load(config.method)
     options = validate(kind.Config, config.options, source=f"options of {config.method}")
     method = kind(problem, options)
-    if config.privacy is None:
-        return method
-    from neurocl.federated.privacy import PrivateMethod
+    if config.secure_sum is not None:
+        if config.privacy is not None:
+            raise UserError("privacy and secure_sum cannot be combined: no server could bound what clients change")
+        from neurocl.federated.secure_sum import SecureSum
 
-    return PrivateMethod(method, config.privacy)
+        return SecureSum(method, config.secure_sum)
+    if config.privacy is not None:
+        from neurocl.federated.privacy import PrivateMethod
+
+        return PrivateMethod(method, config.privacy)
+    return method

@@ -21,6 +21,8 @@ from neurocl.federated.payload import Payload, Scalar
 Array = NDArray[Any]
 
 COUNTS, MEANS, SPREADS, CLASSES = "class.counts", "class.means", "class.spreads", "classes"
+#: of means times counts, where tables are added up
+SUMS = "class.sums"
 #: owner of rows that were added up over clients
 NOBODY = -1
 
@@ -119,6 +121,28 @@ def told(
     if spreads is not None:
         arrays[SPREADS] = spreads.numpy().astype(np.float32)
     return arrays, {CLASSES: [int(number) for number in classes]}
+
+
+def dense_shapes(classes: range, num_features: int) -> dict[str, tuple[int, ...]]:
+    """Of :func:`dense`."""
+    return {COUNTS: (len(classes),), SUMS: (len(classes), num_features)}
+
+
+def dense(reply: Payload, classes: range) -> Store:
+    """The rows of a reply over all classes of the task, zeros where it has none: counts and sums of features."""
+    rows = np.array(reply.meta[CLASSES], dtype=np.int64) - classes.start
+    counts, means = reply.arrays[COUNTS].astype(np.float64), reply.arrays[MEANS].astype(np.float64)
+    found = {name: np.zeros(shape) for name, shape in dense_shapes(classes, means.shape[1]).items()}
+    found[COUNTS][rows], found[SUMS][rows] = counts, counts[:, None] * means
+    return found
+
+
+def undensed(total: Store, classes: range) -> tuple[Store, dict[str, Scalar]]:
+    """The rows of a sum of :func:`dense` tables as arrays and meta of a reply, for classes that anybody has."""
+    rows = np.flatnonzero(total[COUNTS] > 0)
+    counts, sums = total[COUNTS][rows], total[SUMS][rows]
+    numbers = torch.from_numpy(rows + classes.start)
+    return told(numbers, torch.from_numpy(counts), torch.from_numpy(sums / counts[:, None]))
 
 
 def row_objection(

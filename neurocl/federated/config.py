@@ -31,6 +31,19 @@ class PrivacyConfig(Config):
     seeded: bool = False
 
 
+class SecureSumConfig(Config):
+    """Secure summation: the server learns the sum of what its clients contribute, and nothing else of them.
+
+    Attributes:
+        threshold: share of the clients asked in a round, more than half, that must be left at its end, at least two;
+            with fewer the round is lost.
+        bits: after the binary point; sums are exact in steps of 2^-bits and must stay below 2^(62 - bits).
+    """
+
+    threshold: Annotated[float, Field(gt=0.5, le=1)] = 2 / 3
+    bits: Annotated[int, Field(ge=8, le=48)] = 32
+
+
 class FederatedConfig(Config):
     """A federated run.
 
@@ -46,6 +59,8 @@ class FederatedConfig(Config):
         participation: share of the clients that take part, at least one.
         participation_per: drawn for every round, or once per task as the published code does.
         privacy: bounds and noise on what clients send, see :class:`PrivacyConfig`; None for none.
+        secure_sum: the server is shown nothing but sums over its clients, see :class:`SecureSumConfig`; None to show it
+            every reply.
         rounds: R, per task.
         local_epochs: E, per round.
         batch_size, lr, weight_decay, optimizer, clip: of the clients' training; ``lr`` None takes the method's own.
@@ -67,6 +82,7 @@ class FederatedConfig(Config):
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     participation_per: Literal["round", "task"] = "round"
     privacy: PrivacyConfig | None = None
+    secure_sum: SecureSumConfig | None = None
     rounds: Annotated[int, Field(ge=1)] = 5
     local_epochs: Annotated[int, Field(ge=1)] = 5
     batch_size: Annotated[int, Field(ge=1)] = 16

@@ -33,12 +33,21 @@ def digits(config: FederatedConfig) -> Source:
     transformer = choose(config, "perceptron", "vit") == "vit"
 
     def build() -> Classifier:
-        network = _network(transformer)
+        network = empty_network(transformer)
         network.backbone.load_state_dict(_pretrained(transformer))
         nn.init.zeros_(network.head.weight)
         return network
 
-    return Source("digits", train, test, names, build, lora_places=VIT_PLACES if transformer else ())
+    return Source(
+        "digits",
+        train,
+        test,
+        names,
+        build,
+        lora_places=VIT_PLACES if transformer else (),
+        blueprint={"kind": "digits", "backbone": "vit" if transformer else "perceptron"},
+        inputs="8 x 8 pixels, row by row, each divided by 16",
+    )
 
 
 class Perceptron(nn.Module):
@@ -68,7 +77,8 @@ class PixelTransformer(nn.Module):
         return out
 
 
-def _network(transformer: bool) -> Classifier:
+def empty_network(transformer: bool) -> Classifier:
+    """The network before it knows anything: the transformer or the perceptron."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return (
@@ -97,4 +107,4 @@ def _pretrained(transformer: bool) -> dict[str, Tensor]:
     train, _ = _samples()
     turned = Samples(train.x.view(-1, 8, 8).rot90(1, (1, 2)).flatten(1), train.y)
     recipe = Recipe("digits vit" if transformer else "digits", PRETRAIN_EPOCHS, 32, PRETRAIN_LR)
-    return pretrained(recipe, lambda: _network(transformer), turned)
+    return pretrained(recipe, lambda: empty_network(transformer), turned)

@@ -23,11 +23,10 @@ from neurocl.federated.catalog import method_for, problem_for
 from neurocl.federated.config import FederatedConfig
 from neurocl.federated.exchange import Exchange, Failure, Fault, ProcessExchange, SequentialExchange, Stores
 from neurocl.federated.local_training import EVALUATION_BATCH, batches
-from neurocl.federated.method import FederatedMethod, Place, Predictor, Reply, Samples, Task
+from neurocl.federated.method import FederatedMethod, Place, Predictor, Reply, RoundLost, Samples, Task
 from neurocl.federated.payload import Payload, num_bytes
-from neurocl.federated.privacy import PrivateMethod, spent
+from neurocl.federated.privacy import spent
 from neurocl.federated.problem import Problem
-from neurocl.federated.randomness import stream
 from neurocl.runs import RunFolder
 from neurocl.stopping import StopRequest
 
@@ -131,24 +130,13 @@ class FederatedRun:
 
     def participants(self, place: Place) -> list[int]:
         """The clients that take part in a round, sorted."""
-        return [client for client in self._drawn(place) if client not in self.removed]
-
-    def _drawn(self, place: Place) -> list[int]:
-        config, count = self.problem.config, self.problem.num_clients
-        if not place.phase.train or config.participation >= 1:
-            return list(range(count))
-        if isinstance(self.method, PrivateMethod):
-            return self.method.coming(self.state, place)
-        number = place.round if config.participation_per == "round" else 0
-        rng = stream(config.seed, "participation", place.task.index, number)
-        chosen = rng.choice(count, size=max(1, round(config.participation * count)), replace=False)
-        return sorted(int(client) for client in chosen)
+        return [client for client in self.method.coming(self.state, place) if client not in self.removed]
 
     def _round(self, place: Place) -> None:
         started = time.perf_counter()
         config, progress = self.problem.config, self.progress
         message = self.method.message(self.state, place)
-        asked = self.participants(place)
+        asked, quorum = self.participants(place), self.method.quorum(self.state, place)
         replies: list[Reply] = []
         failures: list[Failure] = []
         up = down = 0
@@ -159,7 +147,7 @@ class FederatedRun:
             up += sum(num_bytes(reply.payload) for reply in replies)
             # Whoever has no samples has nothing to say.
             replies = [reply for reply in replies if float(reply.payload.meta["n"]) > 0]  # type: ignore[arg-type]
-            if len(replies) >= config.min_clients or not outcome.failures:
+            if len(replies) >= quorum or not outcome.failures:
                 break
         if replies:
             replies, rejected = self._fitting(place, replies)
@@ -167,15 +155,21 @@ class FederatedRun:
             self.stores.discard(failure.client for failure in rejected)
         for failure in failures:
             progress.failures[failure.kind] = progress.failures.get(failure.kind, 0) + 1
+        reason, lost = "", bool(asked)
         # With privacy a round to which nobody came must look like any other: noise on a sum of nothing.
-        if len(replies) >= config.min_clients or (config.privacy is not None and not asked):
-            self.state = self.method.aggregate(self.state, place, replies)
-            progress.lost = 0
-        elif asked:
+        if len(replies) >= quorum or (config.privacy is not None and not asked):
+            try:
+                self.state = self.method.aggregate(self.state, place, replies)
+            except RoundLost as error:
+                reason = str(error)
+            else:
+                lost = False
+                progress.lost = 0 if self.method.closes(place) else progress.lost
+        if lost:
             self.stores.discard(asked)
             progress.lost += 1
             if progress.lost >= MAX_LOST_ROUNDS:
-                told = "; ".join(f"client {item.client} {item.kind}: {item.text}" for item in failures[:3])
+                told = reason or "; ".join(f"client {item.client} {item.kind}: {item.text}" for item in failures[:3])
                 raise RunError(f"{MAX_LOST_ROUNDS} rounds in a row without enough replies ({told or 'no samples'})")
         seconds = time.perf_counter() - started
         progress.seconds += seconds
@@ -191,6 +185,7 @@ class FederatedRun:
                 "bytes_up": up,
                 "bytes_down": down,
                 "seconds": seconds,
+                **({"lost": reason} if reason else {}),
             }
         )
 

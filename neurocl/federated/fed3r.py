@@ -15,13 +15,15 @@ from pydantic import Field
 from torch import Tensor
 
 from neurocl.federated.class_table import CLASSES
-from neurocl.federated.fedncm import cosine_predictor, normalised_rows, unseen_rows
+from neurocl.federated.fedncm import cosine_predictor, normalised_rows, unseen_rows, with_rows
 from neurocl.federated.local_training import features_of
 from neurocl.federated.method import Client, FederatedMethod, MethodConfig, Phase, Place, Predictor, Reply, Store, Task
+from neurocl.federated.network import Classifier
 from neurocl.federated.payload import Payload
 from neurocl.merging.linear_algebra import solve_psd
 
 GRAM, SUMS = "gram", "class.sums"
+OWNERS = "class.owners"
 EVERYBODY = "all"
 
 
@@ -47,7 +49,6 @@ class Fed3r(FederatedMethod):
 
     Config = Fed3rConfig
     config: Fed3rConfig
-    sum_only = True
     reveals = "the second moments of a client's features and their sum over each class"
 
     def phases(self, task: Task) -> Sequence[Phase]:
@@ -99,6 +100,23 @@ class Fed3r(FederatedMethod):
         shape = (self.problem.num_classes, num_features)
         return np.zeros(shape), np.zeros(shape[0], dtype=bool)
 
+    def summed(self, state: Payload, place: Place) -> dict[str, tuple[int, ...]]:
+        classes, size = len(place.task.classes), self.problem.num_features
+        return {"n": (), GRAM: (size, size), SUMS: (classes, size), OWNERS: (classes,)}
+
+    def summand(self, place: Place, reply: Payload) -> Store:
+        """With sums over all classes of the task, so that nobody sees which a client has, and who has each counted."""
+        sums = np.zeros((len(place.task.classes), self.problem.num_features))
+        owners = np.zeros(len(sums))
+        rows = np.array(reply.meta[CLASSES], dtype=np.int64) - place.task.classes.start
+        sums[rows], owners[rows] = reply.arrays[SUMS], 1
+        return {"n": np.array(reply.meta["n"]), GRAM: reply.arrays[GRAM], SUMS: sums, OWNERS: owners}
+
+    def of_sum(self, state: Payload, place: Place, total: Store) -> Payload:
+        rows = np.flatnonzero(total[OWNERS] > 0)
+        arrays = {GRAM: total[GRAM].astype(np.float32), SUMS: total[SUMS][rows].astype(np.float32)}
+        return Payload(arrays, {"n": int(total["n"]), CLASSES: (rows + place.task.classes.start).tolist()})
+
     def forget(self, state: Payload, client: int) -> Payload:
         if not self.config.forgettable:
             return super().forget(state, client)
@@ -119,11 +137,17 @@ class Fed3r(FederatedMethod):
                 known |= array
         return {"gram": gram, "sums": sums, "known": known}
 
-    def predictor(self, state: Payload, task: Task) -> Predictor:
+    def classifier(self, state: Payload) -> Tensor:
+        """Rows [C, d] of length one; NaN for classes that nobody has."""
         totals = {name: torch.from_numpy(array) for name, array in self.totals(state).items()}
         found = ridge_weights(totals["gram"], totals["sums"], self.config.ridge)
-        weight = torch.where(totals["known"][:, None], found, unseen_rows(*found.shape))
-        return cosine_predictor(self.problem.network(), weight)
+        return torch.where(totals["known"][:, None], found, unseen_rows(*found.shape))
+
+    def predictor(self, state: Payload, task: Task) -> Predictor:
+        return cosine_predictor(self.problem.network(), self.classifier(state))
+
+    def folded(self, state: Payload, task: Task) -> Classifier:
+        return with_rows(self.problem.network(), self.classifier(state))
 
 
 def ridge_weights(gram: Tensor, sums: Tensor, ridge: float) -> Tensor:

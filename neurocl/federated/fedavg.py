@@ -19,6 +19,7 @@ from neurocl.federated.method import (
     Place,
     Predictor,
     Reply,
+    Store,
     Task,
     mean_arrays,
     shares,
@@ -50,7 +51,6 @@ class FedAvg(FederatedMethod):
 
     Config = FedAvgConfig
     config: FedAvgConfig
-    sum_only = True
     reveals = "the client's trained weights and its number of samples"
 
     def network(self) -> Classifier:
@@ -148,9 +148,31 @@ class FedAvg(FederatedMethod):
         names = self.expected(state, place)
         return Payload({**state.arrays, **mean_arrays(replies, names, self.weights(replies))}, state.meta)
 
+    def summed(self, state: Payload, place: Place) -> dict[str, tuple[int, ...]]:
+        return {"n": (), **{name: state.arrays[name].shape for name in self.expected(state, place)}}
+
+    def summand(self, place: Place, reply: Payload) -> Store:
+        weight = 1.0 if self.config.weights == "equal" else float(reply.meta["n"])  # type: ignore[arg-type]
+        parts = {name: weight * array.astype(np.float64) for name, array in reply.arrays.items()}
+        return {"n": np.array(weight), **parts}
+
+    def of_sum(self, state: Payload, place: Place, total: Store) -> Payload:
+        count = float(total["n"])
+        means = {name: (total[name] / count).astype(state.arrays[name].dtype) for name in self.expected(state, place)}
+        return Payload(means, {"n": round(count)})
+
     def model(self, state: Payload, task: Task) -> Classifier:
         """The server's network after a task."""
         return self.loaded(state)
+
+    def folded(self, state: Payload, task: Task) -> Classifier | None:
+        if type(self).predictor is not FedAvg.predictor:
+            return None
+        network = self.model(state, task)
+        return network if network.state_dict().keys() == self.problem.network().state_dict().keys() else None
+
+    def for_prediction(self, state: Payload) -> Payload:
+        return Payload({name: state.arrays[name] for name in self._names})
 
     def predictor(self, state: Payload, task: Task) -> Predictor:
         network = self.model(state, task)

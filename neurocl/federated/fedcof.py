@@ -17,7 +17,7 @@ from torch import Tensor
 from neurocl.errors import UserError
 from neurocl.federated.class_table import ClassTable, row_objection, told
 from neurocl.federated.fedavg import FedAvg, FedAvgConfig
-from neurocl.federated.fedncm import cosine_predictor, normalised_rows, unseen_rows
+from neurocl.federated.fedncm import cosine_predictor, normalised_rows, unseen_rows, with_rows
 from neurocl.federated.local_training import class_statistics, features_of
 from neurocl.federated.method import Client, Phase, Place, Predictor, Reply, Store, Task
 from neurocl.federated.network import HEAD_WEIGHT, Classifier
@@ -295,6 +295,11 @@ class FedCof(FedAvg):
         if self.config.then != "none":
             return super().predictor(state, task)
         return cosine_predictor(self.network(), self.classifier(state))
+
+    def folded(self, state: Payload, task: Task) -> Classifier:
+        if self.config.then != "none":
+            return self.model(state, task)
+        return with_rows(self.network(), self.classifier(state))
 
 
 def part_means(features: Tensor, subsets: int, smallest: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from neurocl.federated.class_table import ClassTable, row_objection, told
+from neurocl.federated.class_table import ClassTable, dense, dense_shapes, row_objection, told, undensed
 from neurocl.federated.local_training import class_statistics, features_of
-from neurocl.federated.method import Client, FederatedMethod, MethodConfig, Phase, Place, Predictor, Reply, Task
+from neurocl.federated.method import Client, FederatedMethod, MethodConfig, Phase, Place, Predictor, Reply, Store, Task
 from neurocl.federated.network import Classifier, evaluating
 from neurocl.federated.payload import Payload
 
@@ -39,7 +40,6 @@ class FedNcm(FederatedMethod):
 
     Config = FedNcmConfig
     config: FedNcmConfig
-    sum_only = True
     reveals = "how many samples of each class a client has and the mean of their features"
 
     def phases(self, task: Task) -> Sequence[Phase]:
@@ -66,16 +66,33 @@ class FedNcm(FederatedMethod):
         table = ClassTable.kept(state.arrays, KEPT).joined(ClassTable.received(replies))
         return Payload((table if self.config.forgettable else table.pooled()).store(KEPT), state.meta)
 
+    def summed(self, state: Payload, place: Place) -> dict[str, tuple[int, ...]]:
+        return {"n": (), **dense_shapes(place.task.classes, self.problem.num_features)}
+
+    def summand(self, place: Place, reply: Payload) -> Store:
+        return {"n": np.array(reply.meta["n"]), **dense(reply, place.task.classes)}
+
+    def of_sum(self, state: Payload, place: Place, total: Store) -> Payload:
+        arrays, meta = undensed(total, place.task.classes)
+        return Payload(arrays, {"n": int(total["n"]), **meta})
+
     def forget(self, state: Payload, client: int) -> Payload:
         if not self.config.forgettable:
             return super().forget(state, client)
         return Payload(ClassTable.kept(state.arrays, KEPT).without(client).store(KEPT), state.meta)
 
-    def predictor(self, state: Payload, task: Task) -> Predictor:
+    def classifier(self, state: Payload) -> Tensor:
+        """Rows [C, d] of length one; NaN for classes that nobody has."""
         table = ClassTable.kept(state.arrays, KEPT).pooled()
         weight = unseen_rows(self.problem.num_classes, table.means.shape[1])
         weight[torch.from_numpy(table.classes)] = normalised_rows(torch.from_numpy(table.means).double())
-        return cosine_predictor(self.problem.network(), weight)
+        return weight
+
+    def predictor(self, state: Payload, task: Task) -> Predictor:
+        return cosine_predictor(self.problem.network(), self.classifier(state))
+
+    def folded(self, state: Payload, task: Task) -> Classifier:
+        return with_rows(self.problem.network(), self.classifier(state))
 
 
 def unseen_rows(num_classes: int, num_features: int) -> Tensor:
@@ -93,16 +110,28 @@ def cosine_predictor(network: Classifier, weight: Tensor) -> Predictor:
     """Scores <W_c, f> of the network's features; minus infinity for classes whose row is NaN.
 
     Args:
-        network: whose backbone is used.
+        network: whose backbone is used; it gets the rows for its head.
         weight: [C, d].
     """
-    unseen = weight.isnan().any(dim=1)
+    with_rows(network, weight)
 
     def predict(x: Tensor) -> Tensor:
         with evaluating(network):
-            features = network.features(x)
-            scores = features @ weight.to(features.device, features.dtype).mT
-            found: Tensor = scores.masked_fill(unseen.to(features.device), -torch.inf)
+            found: Tensor = network(x)
         return found
 
     return predict
+
+
+@torch.no_grad()
+def with_rows(network: Classifier, weight: Tensor) -> Classifier:
+    """The network with a head that gives the scores of :func:`cosine_predictor`.
+
+    Args:
+        network: changed.
+        weight: [C, d].
+    """
+    unseen = weight.isnan().any(dim=1)
+    network.head.weight.copy_(weight.masked_fill(unseen[:, None], 0.0))
+    network.head.bias.copy_(torch.zeros(len(weight)).masked_fill(unseen, -torch.inf))
+    return network

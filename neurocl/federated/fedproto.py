@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from neurocl.federated.class_table import ClassTable, row_objection, told
+from neurocl.federated.class_table import ClassTable, dense, dense_shapes, row_objection, told, undensed
 from neurocl.federated.fedavg import FedAvg, FedAvgConfig
 from neurocl.federated.local_training import Loss, class_statistics, features_of
-from neurocl.federated.method import Client, Place, Reply
+from neurocl.federated.method import Client, Place, Reply, Store
 from neurocl.federated.network import Classifier
 from neurocl.federated.payload import Payload
 
@@ -42,7 +42,6 @@ class FedProto(FedAvg):
 
     Config = FedProtoConfig
     config: FedProtoConfig
-    sum_only = True
     reveals = "the client's trained weights, how many samples of each class it has and the mean of their features"
 
     def initial_state(self) -> Payload:
@@ -85,6 +84,18 @@ class FedProto(FedAvg):
         prototypes[pooled.classes], known[pooled.classes] = pooled.means, True
         weights = {name: averaged.arrays[name] for name in names}
         return Payload({**weights, PROTOTYPES: prototypes, KNOWN: known}, state.meta)
+
+    def summed(self, state: Payload, place: Place) -> dict[str, tuple[int, ...]]:
+        return super().summed(state, place) | dense_shapes(place.task.classes, self.problem.num_features)
+
+    def summand(self, place: Place, reply: Payload) -> Store:
+        weights = super().summand(place, Payload({name: reply.arrays[name] for name in self._names}, reply.meta))
+        return weights | dense(reply, place.task.classes)
+
+    def of_sum(self, state: Payload, place: Place, total: Store) -> Payload:
+        averaged = super().of_sum(state, place, total)
+        arrays, meta = undensed(total, place.task.classes)
+        return Payload({**averaged.arrays, **arrays}, {**averaged.meta, **meta})
 
 
 def prototype_distance(features: Tensor, labels: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from neurocl.federated.partition import PartitionConfig
 class Joint(FedAvg):
     """One client, one task: every sample is seen in as many epochs as in a federation with the same configuration."""
 
+    sum_only = False
     reveals = "everything: there is no federation"
 
     @classmethod

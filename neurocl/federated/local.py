@@ -16,7 +16,7 @@ class Local(FedAvg):
     Clients go on with their own weights from round to round and from task to task.
     """
 
-    sum_only = True
+    sum_only = False
     personal = True
     reveals = "its number of samples"
 

@@ -138,14 +138,17 @@ class AdapterMethod(FedAvg):
     def change(self, state: Payload, task: int) -> dict[str, Tensor]:
         """What the modules of all tasks up to this one add to the frozen weights, by layer, float64 [o, i]."""
 
-    def predictor(self, state: Payload, task: Task) -> Predictor:
+    def folded(self, state: Payload, task: Task) -> Classifier:
         network: Classifier = self.problem.network()
         load(network, {name: value for name, value in tensors(state).items() if name in HEAD})
         layers = linear_layers(network)
         with torch.no_grad():
             for name, change in self.change(state, task.index).items():
                 layers[name].weight += change.to(layers[name].weight)
-        device = torch.device(self.problem.config.device)
+        return network
+
+    def predictor(self, state: Payload, task: Task) -> Predictor:
+        network, device = self.folded(state, task), torch.device(self.problem.config.device)
 
         def predict(x: Tensor) -> Tensor:
             with evaluating(network):

@@ -20,15 +20,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from neurocl.config import Config
-from neurocl.errors import UserError
+from neurocl.errors import RunError, UserError
 from neurocl.federated.payload import Payload
 from neurocl.federated.randomness import stream, torch_stream
 
 if TYPE_CHECKING:
     from neurocl.federated.config import FederatedConfig
+    from neurocl.federated.network import Classifier
 
 Store = dict[str, NDArray[Any]]
 Predictor = Callable[[Tensor], Tensor]
+
+
+class RoundLost(RunError):
+    """Replies came that are of no use together: the round counts for nothing, as if too few had come."""
 
 
 class MethodConfig(Config):
@@ -129,12 +134,19 @@ class FederatedMethod(ABC):
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    #: the server needs nothing of the clients but sums, so secure summation is possible
+    #: the server needs nothing of the clients but sums, and ``summed``, ``summand`` and ``of_sum`` say which: secure
+    #: summation is possible. A class that changes what is sent or made of it has to say it again.
     sum_only: ClassVar[bool] = False
     #: what the server learns of a client, one sentence for the documentation
     reveals: ClassVar[str]
     #: every client has a model of its own: ``predictor`` is given what the client stored, as a payload, for a state
     personal: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if "sum_only" not in own and ("of_sum" in own or own.keys() & {"client", "reply", "weights", "aggregate"}):
+            cls.sum_only = "of_sum" in own
 
     def __init__(self, problem: Any, config: MethodConfig) -> None:
         self.problem = problem
@@ -157,6 +169,25 @@ class FederatedMethod(ABC):
         """The server when a task begins."""
         return state
 
+    def coming(self, state: Payload, place: Place) -> list[int]:
+        """The clients that are asked at a place, sorted: all of them, or the share that is drawn for training."""
+        config, count = self.problem.config, self.problem.num_clients
+        if not place.phase.train or config.participation >= 1:
+            return list(range(count))
+        number = place.round if config.participation_per == "round" else 0
+        rng = stream(config.seed, "participation", place.task.index, number)
+        chosen = rng.choice(count, size=max(1, round(config.participation * count)), replace=False)
+        return sorted(int(client) for client in chosen)
+
+    def quorum(self, state: Payload, place: Place) -> int:
+        """Replies below which the server asks again, and in the end has lost the round."""
+        wanted: int = self.problem.config.min_clients
+        return wanted
+
+    def closes(self, place: Place) -> bool:
+        """Whether a round that came so far has not been lost; false where one of training takes several exchanges."""
+        return True
+
     @abstractmethod
     def message(self, state: Payload, place: Place) -> Payload:
         """What the server sends to every client."""
@@ -167,7 +198,11 @@ class FederatedMethod(ABC):
 
     @abstractmethod
     def aggregate(self, state: Payload, place: Place, replies: Sequence[Reply]) -> Payload:
-        """The server after the replies, at least one, sorted by client."""
+        """The server after the replies, at least one, sorted by client.
+
+        Raises:
+            RoundLost: nothing can be made of them.
+        """
 
     def objection(self, state: Payload, place: Place, reply: Payload) -> str:
         """Why a reply cannot be aggregated, or nothing: by default arrays named like the state's must look like them.
@@ -186,6 +221,23 @@ class FederatedMethod(ABC):
         """Names of arrays without which a reply is of no use."""
         return ()
 
+    def summed(self, state: Payload, place: Place) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what clients contribute to the server's sums, with ``n`` of shape () among them.
+
+        Args:
+            state: of the server, or its message.
+            place: where.
+        """
+        raise NotImplementedError
+
+    def summand(self, place: Place, reply: Payload) -> Store:
+        """What a reply contributes, under the names of ``summed``; one without samples contributes zeros."""
+        raise NotImplementedError
+
+    def of_sum(self, state: Payload, place: Place, total: Store) -> Payload:
+        """The reply that does the same to the server alone as all those do together that add up to ``total``."""
+        raise NotImplementedError
+
     def end_task(self, state: Payload, task: Task) -> Payload:
         """The server when a task is over."""
         return state
@@ -194,12 +246,22 @@ class FederatedMethod(ABC):
     def predictor(self, state: Payload, task: Task) -> Predictor:
         """The server's model: from samples [B, ...] to scores of all classes [B, C]."""
 
+    def folded(self, state: Payload, task: Task) -> Classifier | None:
+        """The server's model as a plain network with the scores of ``predictor``; None if it is not."""
+        return None
+
+    def for_prediction(self, state: Payload) -> Payload:
+        """What ``predictor`` needs of a state, for whoever takes the model away; it should tell of no client."""
+        return state
+
     def forget(self, state: Payload, client: int) -> Payload:
         """The server without everything it knows of a client, exactly.
 
         Raises:
             UserError: the method cannot do that.
         """
+        if self.personal:
+            raise UserError("every client has a model of its own, and the others' know nothing of it")
         raise UserError(f"{type(self).__name__} keeps only sums over clients and cannot take one out exactly")
 
     def server_generator(self, place: Place, label: str = "") -> torch.Generator:

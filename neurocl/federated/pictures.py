@@ -48,13 +48,24 @@ def pictures(config: FederatedConfig) -> Source:
     train, test, class_names = _samples(name, kind, config.data_dir)
 
     def build() -> Classifier:
-        network = _network(kind, len(class_names))
+        network = empty_network(kind, len(class_names))
         network.backbone.load_state_dict(_pretrained(kind, config.data_dir))
         nn.init.zeros_(network.head.weight)
         return network
 
     places = VIT_PLACES if kind == "vit" else ()
-    return Source(name, train, test, class_names, build, lr=3e-4, lora_places=places)
+    told = "feature maps of neurocl's EfficientNet-Lite0 as 25 tokens, see neurocl.backbones.tokens"
+    return Source(
+        name,
+        train,
+        test,
+        class_names,
+        build,
+        lr=3e-4,
+        lora_places=places,
+        blueprint={"kind": "features", "backbone": kind},
+        inputs=told if kind == "vit" else f"{told}, and the mean of these",
+    )
 
 
 class FeaturePerceptron(nn.Module):
@@ -72,7 +83,8 @@ class FeaturePerceptron(nn.Module):
         return out
 
 
-def _network(kind: str, num_classes: int) -> Classifier:
+def empty_network(kind: str, num_classes: int) -> Classifier:
+    """The network before it knows anything, ``perceptron`` or ``vit``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind == "vit":
@@ -97,4 +109,4 @@ def _samples(name: str, kind: str, data_dir: Path | None) -> tuple[Samples, Samp
 def _pretrained(kind: str, data_dir: Path | None) -> dict[str, Tensor]:
     """Weights of the backbone after it has learnt a hundred classes of Tiny-ImageNet."""
     train, _, class_names = _samples(PRETRAINED_ON, kind, data_dir)
-    return pretrained(RECIPES[kind], lambda: _network(kind, len(class_names)), train)
+    return pretrained(RECIPES[kind], lambda: empty_network(kind, len(class_names)), train)

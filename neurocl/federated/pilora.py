@@ -109,6 +109,17 @@ class IncrementalLora(nn.Module):
         return torch.stack([self.factors(part)[0][self.seen - 1].abs().sum() for part in self.rows]).sum()
 
 
+class NearestPrototype(nn.Module):
+    """A head whose scores are minus the distances of :func:`mean_distances` to prototypes [C, d]."""
+
+    def __init__(self, prototypes: Tensor) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(prototypes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return -mean_distances(features, self.prototypes)
+
+
 class PiLora(FedAvg):
     """Average the LoRA of the task; weigh clients' prototypes by how near they are to the class means of all.
 
@@ -243,6 +254,25 @@ class PiLora(FedAvg):
                 own = torch.stack([client[PROTOTYPES][row] for client in told])
                 prototypes[number] = weighed_prototype(own, torch.stack(means), self.config.sharpness)
         return Payload({**arrays, PROTOTYPES: prototypes.numpy()}, state.meta)
+
+    def change(self, state: Payload, task: int) -> dict[str, Tensor]:
+        """What the LoRAs of all tasks up to this one add to the frozen weights, by layer, float64 [o, i]."""
+        network: Classifier = self.problem.network()
+        name, parts = _place(network)
+        found, own = torch.zeros(linear_layers(network)[name].weight.shape, dtype=torch.float64), tensors(state)
+        for part, rows in parts.items():
+            factors_a, factors_b = (own[f"{part}_{factor}"][: task + 1].double() for factor in "AB")
+            found[rows] = (factors_b @ factors_a).sum(dim=0)
+        return {name: found}
+
+    def folded(self, state: Payload, task: Task) -> Classifier:
+        network: Classifier = self.problem.network()
+        layers = linear_layers(network)
+        with torch.no_grad():
+            for name, change in self.change(state, task.index).items():
+                layers[name].weight += change.to(layers[name].weight)
+        network.register_module("head", NearestPrototype(torch.from_numpy(state.arrays[PROTOTYPES].copy())))
+        return network.to(self.problem.config.device)
 
     def predictor(self, state: Payload, task: Task) -> Predictor:
         network = self.with_factors(state, task.index + 1)

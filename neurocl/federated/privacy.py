@@ -29,6 +29,7 @@ from neurocl.errors import UserError
 from neurocl.federated.config import PrivacyConfig
 from neurocl.federated.fedavg import FedAvg
 from neurocl.federated.method import Client, FederatedMethod, Phase, Place, Predictor, Reply, Store, Task
+from neurocl.federated.network import Classifier
 from neurocl.federated.payload import Payload
 from neurocl.federated.randomness import stream
 
@@ -114,6 +115,8 @@ class PrivateMethod(FederatedMethod):
         Everybody throws a coin of their own, as the accountant reckons. Who comes is as secret as the noise.
         """
         config = self.problem.config
+        if not place.phase.train or config.participation >= 1:
+            return super().coming(state, place)
         thrown = self._server_stream(state, place, "participation").random(self.problem.num_clients)
         return [int(client) for client in np.flatnonzero(thrown < config.participation)]
 
@@ -139,6 +142,12 @@ class PrivateMethod(FederatedMethod):
 
     def predictor(self, state: Payload, task: Task) -> Predictor:
         return self.inner.predictor(state, task)
+
+    def folded(self, state: Payload, task: Task) -> Classifier | None:
+        return self.inner.folded(state, task)
+
+    def for_prediction(self, state: Payload) -> Payload:
+        return self.inner.for_prediction(state)
 
 
 def averages_only(kind: type[FederatedMethod]) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ class Source:
         lr: a learning rate that suits full fine-tuning of this network.
         classes_per_task: where the run does not say.
         lora_places: parts of the names of the layers that adapters go to; empty for all linear layers.
+        blueprint: from which :func:`~neurocl.federated.blueprint.network_of` makes the network without data; empty
+            where only ``build`` can.
+        inputs: what a sample is, for who has only the model.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Source:
     lr: float = 1e-3
     classes_per_task: int = 2
     lora_places: tuple[str, ...] = ()
+    blueprint: Mapping[str, Any] = field(default_factory=dict)
+    inputs: str = ""
 
 
 @dataclass(frozen=True)

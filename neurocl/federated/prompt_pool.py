@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -190,12 +191,31 @@ class PoolMethod(FedAvg):
         config = self.problem.config
         lr = self.config.lr if config.lr is None else config.lr
         pool = list(prompted_of(network).pool.parameters())
-        # Nothing decays: prompts and rows of the head that get no gradient must stay as they are.
+        # What decays is for after_step to say: prompts and rows of the head that get no gradient must stay as they are.
         groups = [
             {"params": list(network.head.parameters()), "lr": lr},
             {"params": pool, "lr": lr * self.config.backbone_lr},
         ]
         return make_optimizer(config.optimizer, groups, lr)
+
+    def after_step(
+        self, network: Classifier, client: Client, place: Place, message: Payload
+    ) -> Callable[[], None] | None:
+        """Weight decay of the prompts and keys that got a gradient in this step, the others being of other tasks."""
+        config = self.problem.config
+        if not config.weight_decay:
+            return None
+        lr = self.config.lr if config.lr is None else config.lr
+        kept = 1 - lr * self.config.backbone_lr * config.weight_decay
+        pool = list(prompted_of(network).pool.parameters())
+
+        @torch.no_grad()
+        def decay() -> None:
+            for parameter in pool:
+                if parameter.grad is not None:
+                    parameter[parameter.grad.flatten(1).any(dim=1)] *= kept
+
+        return decay
 
     def loss(self, network: Classifier, client: Client, place: Place, message: Payload) -> Loss:
         prompted = prompted_of(network)

@@ -216,6 +216,12 @@ class Tangent(FedAvg):
         entered[list(clients)] = 0
         return Payload({**kept, **subtracted(self.tau(state), vector, 1.0), ENTERED: entered}, state.meta)
 
+    def folded(self, state: Payload, task: Task) -> Classifier | None:
+        # Scores are linear in the head, so that its expansion is the network itself.
+        if self.config.rank or (self.config.linear and self.config.train == "all"):
+            return None
+        return moved(self.network(), tensors(Payload(self.tau(state))))
+
     def predictor(self, state: Payload, task: Task) -> Predictor:
         tau = {name: value.to(self.problem.config.device) for name, value in tensors(Payload(self.tau(state))).items()}
         return displaced_predictor(Displaced(self._start, tau, linear=self.config.linear), self.problem.config.device)
@@ -224,6 +230,14 @@ class Tangent(FedAvg):
 def subtracted(tau: Store, vector: Store, alpha: float) -> Store:
     """tau - alpha vector, by parameter."""
     return {name: weighted_sum([array, vector[name]], [1.0, -alpha]) for name, array in tau.items()}
+
+
+@torch.no_grad()
+def moved(network: Classifier, tau: Mapping[str, Tensor]) -> Classifier:
+    """The network with tau added to its parameters, in place."""
+    for name, value in parameters_of(network, list(tau)).items():
+        value.add_(tau[name].to(value))
+    return network
 
 
 def start_network(problem: Problem, rank: int, head_std: float) -> Classifier:

@@ -30,14 +30,15 @@ from neurocl.federated.method import (
     Predictor,
     Reply,
     Samples,
+    Store,
     Task,
 )
 from neurocl.federated.network import Classifier
-from neurocl.federated.payload import Payload
-from neurocl.federated.tangent import Displaced, displaced_predictor, start_network, trained_names
+from neurocl.federated.payload import Payload, arrays_of, tensors
+from neurocl.federated.tangent import Displaced, displaced_predictor, moved, start_network, trained_names
 from neurocl.merging.linear_algebra import solve_psd
 
-GRAM, MOMENTS = "gram", "moments"
+GRAM, MOMENTS, TAU = "gram", "moments", "tau."
 EVERYBODY = "all"
 
 # P x P numbers travel, are kept for every client, and are solved with.
@@ -74,7 +75,6 @@ class TangentRidge(FederatedMethod):
 
     Config = TangentRidgeConfig
     config: TangentRidgeConfig
-    sum_only = True
     reveals = "the second moments of a client's gradients of all scores, and their products with its labels"
 
     @cached_property
@@ -129,6 +129,15 @@ class TangentRidge(FederatedMethod):
                 arrays[name] = arrays.get(name, np.zeros(told.shape)) + told
         return Payload(arrays, state.meta)
 
+    def summed(self, state: Payload, place: Place) -> dict[str, tuple[int, ...]]:
+        return {"n": (), GRAM: (self._size * (self._size + 1) // 2,), MOMENTS: (self._size,)}
+
+    def summand(self, place: Place, reply: Payload) -> Store:
+        return {"n": np.array(reply.meta["n"]), **reply.arrays}
+
+    def of_sum(self, state: Payload, place: Place, total: Store) -> Payload:
+        return Payload({name: total[name].astype(np.float32) for name in (GRAM, MOMENTS)}, {"n": int(total["n"])})
+
     def forget(self, state: Payload, client: int) -> Payload:
         if not self.config.forgettable:
             raise UserError(
@@ -139,6 +148,9 @@ class TangentRidge(FederatedMethod):
 
     def displacement(self, state: Payload) -> dict[str, Tensor]:
         """tau by parameter, in the network's own type."""
+        ready = tensors(state, TAU)
+        if ready:
+            return ready
         size = self._size
         triangle, moments = np.zeros(size * (size + 1) // 2), np.zeros(size)
         for name, array in state.arrays.items():
@@ -149,6 +161,14 @@ class TangentRidge(FederatedMethod):
         own = dict(self._start.named_parameters())
         parts = tau.split([own[name].numel() for name in self._names])
         return {name: part.view_as(own[name]).to(own[name]) for name, part in zip(self._names, parts, strict=True)}
+
+    def folded(self, state: Payload, task: Task) -> Classifier | None:
+        if self.config.train == "all":
+            return None
+        return moved(start_network(self.problem, 0, self.config.head_std), self.displacement(state))
+
+    def for_prediction(self, state: Payload) -> Payload:
+        return Payload(arrays_of(self.displacement(state), TAU))
 
     def predictor(self, state: Payload, task: Task) -> Predictor:
         return displaced_predictor(Displaced(self._start, self.displacement(state)), self.problem.config.device)

@@ -72,7 +72,34 @@ def transformers_source(config: FederatedConfig, folder: Path) -> Source:
         nn.init.zeros_(network.head.weight)
         return network
 
-    return Source(name, train, test, class_names, build, lr=LR)
+    return Source(
+        name,
+        train,
+        test,
+        class_names,
+        build,
+        lr=LR,
+        blueprint={"kind": "transformers", "model": json.loads(_model(folder).config.to_json_string()), **settings},
+        inputs="RGB pictures with numbers from 0 to 1, of any size: the network resizes and normalises them itself",
+    )
+
+
+def empty_transformer(
+    model: dict[str, Any], num_classes: int, *, side: int, mean: list[float], std: list[float]
+) -> Classifier:
+    """The network of a configuration of transformers, before it knows anything.
+
+    Raises:
+        UserError: transformers is not installed, or does not know such a model.
+    """
+    transformers = _transformers()
+    values = {key: value for key, value in model.items() if key != "model_type"}
+    try:
+        config = transformers.AutoConfig.for_model(model.get("model_type"), **values)
+        built = transformers.AutoModel.from_config(config, add_pooling_layer=False)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"transformers cannot build this model: {' '.join(str(error).split())[:200]}") from None
+    return Classifier(PictureTransformer(built.float(), side, mean, std), int(config.hidden_size), num_classes)
 
 
 @cache
@@ -103,6 +130,15 @@ def _transformers() -> Any:
 
 @cache
 def _model(folder: Path) -> Any:
+    return load_transformer(folder)
+
+
+def load_transformer(folder: Path) -> Any:
+    """The picture transformer of a folder, without its pooling layer, in float32.
+
+    Raises:
+        UserError: transformers is not installed, or the folder holds no picture transformer that it can load.
+    """
     transformers = _transformers()
     try:
         model = transformers.AutoModel.from_pretrained(

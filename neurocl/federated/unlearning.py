@@ -44,6 +44,8 @@ Mode = Literal["negation", "global-negation", "ledger", "exact"]
 MODES: tuple[Mode, ...] = ("negation", "global-negation", "ledger", "exact")
 
 SMALLEST_ALPHA, LARGEST_ALPHA = 0.1, 0.5
+#: the whole vector is 1; twice of it answers a client's data worse than any model that never saw them
+MOST_ALPHA = 2.0
 KEPT_CONTROL = 0.95
 
 
@@ -167,7 +169,7 @@ def remove(
             that leave, with ``sweep`` those that remain.
         clients: who leaves; their order does not matter.
         mode: None for the one that suits the method.
-        alpha: scale of the vectors; None takes each client's share, between 0.1 and 0.5, or 1 for the ledger.
+        alpha: scale of the vectors, 0 to 2; None takes each client's share, between 0.1 and 0.5, or 1 for the ledger.
         sweep: take the largest alpha among 0, 0.05 ... 1 that keeps 95 % of the right answers of the remaining clients.
         epochs: that a leaving client trains; None takes half of what it trained in the run.
 
@@ -178,8 +180,8 @@ def remove(
     started = time.perf_counter()
     clients = sorted(set(clients))
     mode = chosen_mode(run.method, run.state, clients[0], mode)
-    if alpha is not None and not (math.isfinite(alpha) and alpha >= 0):
-        raise UserError(f"alpha must be a number of at least 0, got {alpha}")
+    if alpha is not None and not (math.isfinite(alpha) and 0 <= alpha <= MOST_ALPHA):
+        raise UserError(f"alpha must be a number from 0 to {MOST_ALPHA:g}, where 1 is the whole vector, got {alpha:g}")
     if alpha is not None and sweep:
         raise UserError("either alpha is given or a sweep looks for it, not both")
     if epochs is not None and epochs < 1:

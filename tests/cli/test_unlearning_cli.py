@@ -50,6 +50,7 @@ def test_mistakes_are_one_line(inside, members):
     assert_one_line(inside(*unlearn, "members", "--client", 7), 2, "no client 7", "0 to 2")
     assert_one_line(inside(*unlearn, "members", "--client", 1, "--mode", "exactly"), 2, "'exactly'", "ledger")
     assert_one_line(inside(*unlearn, "members", "--client", 1, "--mode", "exact"), 2, "possible: negation")
-    assert_one_line(inside(*unlearn, "members", "--client", 1, "--alpha", -1), 2, "at least 0")
+    assert_one_line(inside(*unlearn, "members", "--client", 1, "--alpha", -1), 2, "from 0 to 2", "got -1")
+    assert_one_line(inside(*unlearn, "members", "--client", 1, "--alpha", 7), 2, "from 0 to 2", "got 7")
     assert inside("federated", "run", "--smoke", "--quiet", "--out", "plain").returncode == 0
     assert_one_line(inside(*unlearn, "plain", "--client", 1), 2, "no client can be removed from this run")

@@ -119,6 +119,15 @@ def waves(config):
 
 def nothing(config):
     return 3
+
+def wrong(config):
+    return torch.zeros(2) @ torch.zeros(3)
+
+def built_wrong(config):
+    def build():
+        raise KeyError("layer")
+    samples = federated.Samples(torch.zeros(4, 2), torch.arange(4))
+    return federated.Source("waves", samples, samples, ("a", "b", "c", "d"), build)
 """
 
 
@@ -158,6 +167,20 @@ def test_a_data_set_of_ones_own_that_is_not_there_is_one_line(name: str, told: s
     with pytest.raises(UserError, match=told) as caught:
         problem_for(config(dataset=name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("own_file")
+def test_an_exception_of_ones_own_code_is_one_line_that_says_where() -> None:
+    with pytest.raises(UserError, match=r"my_waves:wrong raised RuntimeError in .*my_waves.py, line 20: ") as caught:
+        problem_for(config(dataset="my_waves:wrong"))
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    problem = problem_for(config(dataset="my_waves:built_wrong", classes_per_task=2))
+    with pytest.raises(UserError, match=r"raised KeyError in .*my_waves.py, line 24: 'layer'"):
+        problem.network()
+    Path("bad_waves.py").write_text("def f(:\n")
+    with pytest.raises(UserError, match="bad_waves:f raised SyntaxError"):
+        problem_for(config(dataset="bad_waves:f"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -25,11 +26,11 @@ from neurocl.cli.main import app
 from neurocl.errors import RunError, UserError
 from neurocl.federated.catalog import method_for, problem_for
 from neurocl.federated.config import FederatedConfig
-from neurocl.federated.driver import resume_federated, run_federated
+from neurocl.federated.driver import FederatedRun, resume_federated, run_federated
 from neurocl.federated.exchange import Exchange, Failure, Fault, SequentialExchange, Stores
 from neurocl.federated.method import Place
 from neurocl.federated.payload import Payload, PayloadError, decode, encode
-from tests.federated.small_problem import config
+from tests.federated.small_problem import config, in_memory
 
 pytest.importorskip("flwr")
 
@@ -176,6 +177,20 @@ def test_a_client_answers_as_in_the_local_runtime_and_a_question_twice_with_the_
     assert [name.partition("-")[0] for name in stored] == ["answer", "client"]
 
 
+def test_a_client_tells_when_it_is_connected_and_what_it_answered(tmp_path: Path) -> None:
+    own, lines = config(**SCAFFOLD), []
+    client = FlowerClient(Own(client=1), tmp_path, apart=False, say=lines.append)
+    client(message(to_record(Answer(version=VERSION, client=0)), HELLO))
+    client(message(to_record(header(own), encode(first_message(own)))))
+    client(message(to_record(header(own, client=2), encode(Payload()))))
+    client(message(to_record(header(own, phase="\x1b[2Jround"), encode(Payload()))))
+    assert lines[0] == "client 1 is connected, and waits for the server to begin"
+    assert re.fullmatch(r"task 1, round 1 of 2: answered in \d+\.\d s", lines[1])
+    assert lines[2] == "task 1, round 1 of 2: raised: this is client 1, not 2"
+    assert len(lines) == 4
+    assert all(line.isprintable() for line in lines)
+
+
 def test_what_a_client_stores_counts_when_the_server_says_so(tmp_path: Path) -> None:
     own = config(**SCAFFOLD)
     payload = first_message(own)
@@ -227,6 +242,10 @@ def test_a_server_has_no_word_in_where_a_client_computes_and_reads(tmp_path: Pat
     assert agreed(config(backbone="vit").model_dump_json(), Own(client=0)).backbone == "vit"
     elsewhere = config(backbone="/srv/vit").model_dump_json()
     assert agreed(elsewhere, Own(client=0, backbone=tmp_path)).backbone == str(tmp_path)
+    careful = Own(client=0, secure_sum=True)
+    assert agreed(config(secure_sum={}).model_dump_json(), careful).secure_sum is not None
+    with pytest.raises(UserError, match="takes part in sums only"):
+        agreed(config().model_dump_json(), careful)
     # A server cannot name a file to read, nor, by the same key, code to import.
     for own in (elsewhere, config(backbone="..").model_dump_json(), config(dataset="os:getcwd").model_dump_json()):
         with pytest.raises(UserError, match="refused"):
@@ -294,6 +313,27 @@ def test_rounds_over_a_grid_are_those_of_the_local_runtime(wired: tuple[FlowerEx
         exchange.stores.commit()
     # Nodes are asked once who they are.
     assert [kind for _, kind in wire.sent].count(HELLO) == 3
+
+
+def test_secure_sums_over_a_grid_are_those_of_the_local_runtime(
+    wired: tuple[FlowerExchange, Wire], tmp_path: Path
+) -> None:
+    pytest.importorskip("Crypto")
+    lost = Fault("raise", client=2, task=1, round=0, phase="statistics.0.masked")
+    own = config(method="fedncm", secure_sum={}, max_repeats=0)
+    local, _ = in_memory(own, lost)
+    wire = wired[1]
+    wire.clients = {
+        node: FlowerClient(Own(client=number, secure_sum=True), tmp_path / "own", apart=False, faults=(lost,))
+        for node, number in ((30, 0), (20, 1), (10, 2))
+    }
+    stores = Stores(None)
+    exchange = FlowerExchange(wire, local.problem, stores, run=RUN, patience=1.0, pause=0.01)
+    over = FederatedRun(local.problem, local.method, exchange, stores)
+    expected, found = local.run(), over.run()
+    assert encode(over.state) == encode(local.state)
+    assert found["accuracy"] == expected["accuracy"]
+    assert found["failures"] == expected["failures"] == {"raised": 1}
 
 
 def test_everything_that_can_go_wrong_on_the_way_is_a_failure_of_its_client(wired: tuple[FlowerExchange, Wire]) -> None:

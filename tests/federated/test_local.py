@@ -85,3 +85,9 @@ def test_a_runtime_that_leaves_models_with_distant_clients_is_refused(tmp_path):
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_broken_in_the_second_task_ends_like_an_unbroken_one(tmp_path, workers):
     assert_a_broken_run_ends_like_an_unbroken_one(config(method="local", workers=workers), tmp_path, after=4)
+
+
+def test_no_server_can_take_a_client_out_since_every_client_has_its_own_model():
+    method = digits_method("local")
+    with pytest.raises(UserError, match="every client has a model of its own"):
+        method.forget(method.initial_state(), 0)

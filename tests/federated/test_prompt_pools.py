@@ -242,3 +242,29 @@ def test_forecasts_are_not_told_the_task() -> None:
 def test_a_run_learns_the_digits(name: str) -> None:
     run, _ = in_memory(config(method=name, backbone="perceptron", classes_per_task=(4,), rounds=3, local_epochs=5))
     assert run.run()["metrics"]["class_il"]["final_average_accuracy"] > 60  # of four classes
+
+
+@pytest.mark.parametrize("name", ["l2p", "dualprompt", "coda-prompt"])
+def test_weight_decay_shrinks_what_learns_and_leaves_the_rest_as_it_was(name: str) -> None:
+    found = {}
+    for decay in (0.0, 20.0):
+        method = method_for(problem_for(config(method=name, weight_decay=decay, lr=1e-3, rounds=1)))
+        task, state = method.problem.tasks[0], method.initial_state()
+        state = method.begin_task(state, task)
+        where = Place(task, Phase("round"), 0)
+        message = method.message(state, where)
+        reply = method.client(client_of(method.problem, 0, where, {}), where, message)
+        found[decay] = {array: (message.arrays[array], reply.arrays[array]) for array in reply.arrays}
+    shrunk = 0
+    for array, (before, free) in found[0.0].items():
+        decayed = found[20.0][array][1]
+        if "head" in array:
+            continue
+        for first, plain, less in zip(before, free, decayed, strict=True):
+            if np.array_equal(first, plain):
+                # Of another task, or of a prompt that nobody chose.
+                assert np.array_equal(first, less)
+            elif first.any():
+                assert np.linalg.norm(less) < np.linalg.norm(plain)
+                shrunk += 1
+    assert shrunk

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from flwr.app import Message
@@ -21,6 +22,7 @@ from neurocl.federated.payload import decode, encode
 from neurocl.federated.problem import Problem
 from neurocl.runs import make_folder, write_atomically
 
+Say = Callable[[str], None]
 _RUN = re.compile(r"[0-9a-f]{16}")
 _NAME = re.compile(r"[a-z0-9-]+")
 
@@ -33,6 +35,7 @@ class Own(Config):
         dataset: the one data set that it takes part with.
         data_dir: where that is looked for first.
         backbone: its own folder with the network, where the server starts from one in a folder.
+        secure_sum: it takes part in secure summation only.
         device, threads: of its computation.
     """
 
@@ -40,6 +43,7 @@ class Own(Config):
     dataset: str = "digits"
     data_dir: Path | None = None
     backbone: Path | None = None
+    secure_sum: bool = False
     device: str = "cpu"
     threads: int | None = 1
 
@@ -52,27 +56,38 @@ class FlowerClient:
         folder: for what it stores and for its last answer, in a folder for every run and client.
         apart: compute in a process of its own, which may hang or die; else in this one.
         faults: planned mishaps, for tests.
+        say: called with a line for every server that asks for this client and every message that is answered.
     """
 
-    def __init__(self, own: Own, folder: Path, *, apart: bool = True, faults: Iterable[Fault] = ()) -> None:
+    def __init__(
+        self, own: Own, folder: Path, *, apart: bool = True, faults: Iterable[Fault] = (), say: Say | None = None
+    ) -> None:
         self.own = own
         self.folder = folder
         self.apart = apart
         self.faults = tuple(faults)
+        self.say = say or (lambda line: None)
         self._open: tuple[str, Problem, FederatedMethod, SequentialExchange | ProcessExchange] | None = None
 
     def __call__(self, message: Message) -> Message:
         """The reply to a message of a server; also refusals and failures are replies."""
         own = self.own.client
         if message.metadata.message_type == HELLO:
+            self.say(f"client {own} is connected, and waits for the server to begin")
             return Message(to_record(Answer(version=VERSION, client=own)), reply_to=message)
+        asked, started = "a message", time.perf_counter()
         try:
             header, data = from_record(Header, message.content)
+            asked = f"task {header.task + 1}, {header.phase} {header.round + 1} of {header.rounds}"[:MAX_TEXT]
             found = self.answer(header, data)
         except NeuroclError as error:
             found = Failure(own, "raised", str(error))
         except Exception as error:  # whatever happens here, the server is told
             found = Failure(own, "raised", f"{type(error).__name__}: {error}")
+        failed = f"{found.kind}: {' '.join(found.text.split())}" if isinstance(found, Failure) else ""
+        line = f"{asked}: {failed or f'answered in {time.perf_counter() - started:.1f} s'}"
+        # A server's words must not steer a terminal.
+        self.say("".join(letter if letter.isprintable() else " " for letter in line))
         if isinstance(found, Failure):
             answer = Answer(version=VERSION, client=own, kind=found.kind, text=found.text[:MAX_TEXT])
             return Message(to_record(answer), reply_to=message)
@@ -159,6 +174,8 @@ def agreed(text: str, own: Own) -> FederatedConfig:
         raise UserError(f"refused: the server asks for {config.dataset}, this client takes part with {own.dataset}")
     if not 0 <= own.client < config.partition.num_clients:
         raise UserError(f"refused: the federation has {config.partition.num_clients} clients, this is {own.client}")
+    if own.secure_sum and config.secure_sum is None:
+        raise UserError("refused: the server would see the replies of this client, which takes part in sums only")
     backbone = config.backbone
     if backbone is not None and not _NAME.fullmatch(backbone):
         # A path on the server's machine says nothing here, and a server does not choose what is read here.

@@ -17,7 +17,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 
 from neurocl.errors import UserError
 from neurocl.federated.exchange import Fault
-from neurocl.federated.flower.client import FlowerClient, Own
+from neurocl.federated.flower.client import FlowerClient, Own, Say
 from neurocl.federated.flower.processes import (
     Address,
     acquire,
@@ -35,7 +35,6 @@ from neurocl.stopping import StopRequest
 PAUSE = 0.2
 # A SuperNode that ends is started again, later every time.
 FIRST_WAIT, LONGEST_WAIT, LIVED_LONG = 1.0, 30.0, 60.0
-Say = Callable[[str], None]
 
 
 class _Node:
@@ -123,7 +122,7 @@ def join(
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{folder} is in use by another process") from None
-    client = FlowerClient(own, folder, faults=faults)
+    client = FlowerClient(own, folder, faults=faults, say=say)
     node: _Node | None = None
     wait = FIRST_WAIT
     try:
