@@ -30,36 +30,36 @@ def test_smoke_runs_the_whole_path_and_says_what_next(neurocl, tmp_path):
 
 
 @pytest.mark.slow
-def test_seeds_evaluate_and_report_in_every_format(neurocl, tmp_path):
-    assert neurocl("continual", "train", *QUICK, "--method", "er", "--seeds", "0,1", "--out", "er").returncode == 0
-    assert neurocl("continual", "train", *QUICK, "--method", "sgd", "--out", "sgd").returncode == 0
-    table = neurocl("report", "er", "sgd")
+def test_seeds_evaluate_and_report_in_every_format(inside, tmp_path):
+    assert inside("continual", "train", *QUICK, "--method", "er", "--seeds", "0,1", "--out", "er").returncode == 0
+    assert inside("continual", "train", *QUICK, "--method", "sgd", "--out", "sgd").returncode == 0
+    table = inside("report", "er", "sgd")
     assert " ± " in table.stdout
-    rows = json.loads(neurocl("report", "er", "sgd", "--format", "json").stdout)["rows"]
+    rows = json.loads(inside("report", "er", "sgd", "--format", "json").stdout)["rows"]
     assert [row["label"] for row in rows] == ["er", "sgd"]
     assert [len(row["runs"]) for row in rows] == [2, 1]
-    lines = neurocl("report", "er", "sgd", "--format", "csv").stdout.splitlines()
+    lines = inside("report", "er", "sgd", "--format", "csv").stdout.splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("run,area,method,dataset,seed")
-    assert "| er | 2 |" in neurocl("report", "er", "sgd", "--format", "md").stdout
-    assert "\\toprule" in neurocl("report", "er", "sgd", "--format", "latex").stdout
-    html = neurocl("report", "er", "sgd", "--format", "html", "--out", "report.html", "--plots")
+    assert "| er | 2 |" in inside("report", "er", "sgd", "--format", "md").stdout
+    assert "\\toprule" in inside("report", "er", "sgd", "--format", "latex").stdout
+    html = inside("report", "er", "sgd", "--format", "html", "--out", "report.html", "--plots")
     assert html.returncode == 0, html.stderr
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 4
     assert "http" not in page.replace("http://www.w3.org", "")
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
     assert {"accuracy-per-task.png", "accuracy-per-task.svg", "forgetting.png", "accuracy-matrix-er.png"} <= plots
-    measured = json.loads(neurocl("continual", "evaluate", "sgd", "--json").stdout)
+    measured = json.loads(inside("continual", "evaluate", "sgd", "--json").stdout)
     stored = json.loads((tmp_path / "sgd" / "result.json").read_text())["accuracy"]
     assert measured["class_il"] == stored["class_il"][-1]
     assert measured["task_il"] == stored["task_il"][-1]
 
 
-def test_configuration_comes_from_file_set_and_flags_in_this_order(neurocl, tmp_path):
+def test_configuration_comes_from_file_set_and_flags_in_this_order(inside, tmp_path):
     (tmp_path / "run.yaml").write_text("method: er\nbuffer_size: 11\noptimizer: {lr: 0.5}\nseed: 5\n")
     arguments = ("--config", "run.yaml", "--set", "buffer_size=12", "--set", "options.policy=balanced", "--seed", 6)
-    result = neurocl("continual", "train", *QUICK, *arguments, "--out", "run")
+    result = inside("continual", "train", *QUICK, *arguments, "--out", "run")
     assert result.returncode == 0, result.stderr
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (config["method"], config["buffer_size"], config["seed"]) == ("er", 12, 6)
@@ -67,16 +67,16 @@ def test_configuration_comes_from_file_set_and_flags_in_this_order(neurocl, tmp_
     assert config["options"] == {"policy": "balanced"}
 
 
-def test_a_printed_configuration_can_be_read_back(neurocl, tmp_path):
-    text = neurocl("spiking", "config").stdout
+def test_a_printed_configuration_can_be_read_back(inside, tmp_path):
+    text = inside("spiking", "config").stdout
     (tmp_path / "all.yaml").write_text(text)
-    assert neurocl("spiking", "train", *QUICK, "--config", "all.yaml", "--out", "run").returncode == 0
+    assert inside("spiking", "train", *QUICK, "--config", "all.yaml", "--out", "run").returncode == 0
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written.keys() == yaml.safe_load(text).keys()
 
 
-def test_tensorboard_events_are_written_when_asked(neurocl, tmp_path):
-    result = neurocl("continual", "train", *QUICK, "--set", "tensorboard=true", "--out", "run")
+def test_tensorboard_events_are_written_when_asked(inside, tmp_path):
+    result = inside("continual", "train", *QUICK, "--set", "tensorboard=true", "--out", "run")
     assert result.returncode == 0, result.stderr
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
@@ -134,9 +134,9 @@ def test_doctor_finds_this_machine_usable(inside):
     assert all(row["state"] != "broken" for row in findings.values())
 
 
-def test_a_recipe_runs_end_to_end(neurocl):
+def test_a_recipe_runs_end_to_end(inside):
     name = "staer/seq-digits"
-    result = neurocl("reproduce", name, "--smoke", "--quiet", "--out", "again", "--threads", 1)
+    result = inside("reproduce", name, "--smoke", "--quiet", "--out", "again", "--threads", 1)
     assert result.returncode == 0, result.stderr
     assert "Results: again" in result.stdout
 

@@ -126,9 +126,9 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_what_was_saved(neurocl, 
 
 
 @pytest.fixture
-def stopped(neurocl, tmp_path):
+def stopped(inside, tmp_path):
     run = tmp_path / "run"
-    assert neurocl("continual", "train", *QUICK, "--out", run, "--stop-after-task", 1).returncode == 0
+    assert inside("continual", "train", *QUICK, "--out", run, "--stop-after-task", 1).returncode == 0
     return run
 
 
@@ -138,7 +138,7 @@ def tensors_of(run: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_left_alone(neurocl, stopped):
+def test_a_damaged_checkpoint_is_named_and_left_alone(inside, stopped):
     path = tensors_of(stopped)
     good = path.read_bytes()
     result_before = (stopped / "result.json").read_bytes()
@@ -147,51 +147,51 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(neurocl, stopped):
         (good[:-1] + bytes([good[-1] ^ 1]), ("SHA-256",)),
     ):
         path.write_bytes(bad)
-        assert_one_line(neurocl("continual", "train", "--resume", stopped, "--quiet"), 2, path.name, *words)
+        assert_one_line(inside("continual", "train", "--resume", stopped, "--quiet"), 2, path.name, *words)
         assert path.read_bytes() == bad
         assert (stopped / "result.json").read_bytes() == result_before
     path.unlink()
-    assert_one_line(neurocl("continual", "train", "--resume", stopped, "--quiet"), 2, path.name, "missing")
+    assert_one_line(inside("continual", "train", "--resume", stopped, "--quiet"), 2, path.name, "missing")
     path.write_bytes(good)
     state = stopped / "checkpoint" / "state.json"
     text = state.read_text()
     for bad_text in ("{", "[]", '{"schema": 1}'):
         state.write_text(bad_text)
-        assert_one_line(neurocl("continual", "train", "--resume", stopped, "--quiet"), 2, "state.json")
+        assert_one_line(inside("continual", "train", "--resume", stopped, "--quiet"), 2, "state.json")
     state.write_text(text)
-    assert neurocl("continual", "train", "--resume", stopped, "--quiet").returncode == 0
+    assert inside("continual", "train", "--resume", stopped, "--quiet").returncode == 0
 
 
-def test_a_checkpoint_of_another_network_is_refused(neurocl, stopped, tmp_path):
+def test_a_checkpoint_of_another_network_is_refused(inside, stopped, tmp_path):
     other = tmp_path / "other"
     arguments = ("--backbone", "mlp", "--out", other, "--stop-after-task", 1)
-    assert neurocl("continual", "train", *QUICK, *arguments).returncode == 0
+    assert inside("continual", "train", *QUICK, *arguments).returncode == 0
     shutil.rmtree(stopped / "checkpoint")
     shutil.copytree(other / "checkpoint", stopped / "checkpoint")
-    assert_one_line(neurocl("continual", "train", "--resume", stopped, "--quiet"), 2, "another configuration")
+    assert_one_line(inside("continual", "train", "--resume", stopped, "--quiet"), 2, "another configuration")
 
 
-def test_a_run_folder_is_never_overwritten(neurocl, stopped):
+def test_a_run_folder_is_never_overwritten(inside, stopped):
     before = (stopped / "result.json").read_bytes()
-    assert_one_line(neurocl("continual", "train", *QUICK, "--out", stopped), 2, "holds a run already", "--resume")
+    assert_one_line(inside("continual", "train", *QUICK, "--out", stopped), 2, "holds a run already", "--resume")
     (stopped.parent / "notes").mkdir()
     (stopped.parent / "notes" / "mine.txt").write_text("keep")
-    assert_one_line(neurocl("continual", "train", *QUICK, "--out", "notes"), 2, "not an empty folder")
+    assert_one_line(inside("continual", "train", *QUICK, "--out", "notes"), 2, "not an empty folder")
     assert (stopped / "result.json").read_bytes() == before
 
 
-def test_a_truncated_data_file_is_named(neurocl, tmp_path):
+def test_a_truncated_data_file_is_named(inside, tmp_path):
     folder = tmp_path / "data" / "mnist"
     folder.mkdir(parents=True)
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (folder / f"{name}-ubyte").write_bytes(b"\x00\x00\x08\x03\x00\x00\x00\x05")
-    result = neurocl("spiking", "train", "--smoke", "--dataset", "seq-mnist", "--data-dir", tmp_path / "data")
+    result = inside("spiking", "train", "--smoke", "--dataset", "seq-mnist", "--data-dir", tmp_path / "data")
     assert_one_line(result, 2, "ubyte")
 
 
-def test_nan_in_the_loss_is_one_line_and_exit_code_1(neurocl, tmp_path):
+def test_nan_in_the_loss_is_one_line_and_exit_code_1(inside, tmp_path):
     arguments = ("--method", "sgd", "--set", "optimizer.name=sgd", "--lr", "1e30", "--epochs", 5, "--out", "run")
-    result = neurocl("continual", "train", "--quiet", *arguments)
+    result = inside("continual", "train", "--quiet", *arguments)
     assert_one_line(result, 1, "the loss is not finite", "learning rate")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
 
