@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ LONG_SECONDS = 2.0  # from here on a forecast is long
 MISS_METRES, SHORT_MISS_METRES = 2.0, 0.5  # a forecast that ends farther away has missed
 TOUCH_METRES = 0.1
 NUM_BINS = 10
+MAX_AGENTS = 768  # forecast side by side: 200 samples of so many take 2 GB
 # What a model is compared in with the best baseline; smaller is better in all.
 COMPARED = ("minADE", "minFDE", "minJADE", "minJFDE", "miss rate", "NLL")
 HORIZONS = {"sdd": (4, 8, 12), "eth-ucy": (4, 8, 12), "nba": (5, 10, 15, 20), "nfl": (5, 10, 16)}
@@ -312,7 +313,7 @@ def evaluate(
         sampling: of the second row of the model; clustered samples by default, plain ones leave it out.
         horizons: numbers of steps at which errors are told; None takes :func:`default_horizons`.
         miss: distance of a miss in the unit of the scenes; None takes 2 m, and no miss rate for pixels.
-        batch_size: scenes at a time.
+        batch_size: scenes at a time, fewer where they are full.
         say: called with the name of each row before it is computed.
 
     Raises:
@@ -432,7 +433,7 @@ def draw_targets(
     number = torch.zeros(scenes.target_mask.shape, dtype=torch.int64)
     number[scenes.target_mask] = torch.arange(scenes.num_targets)
     parts, masses, numbers, seconds = [], [], [], 0.0
-    for rows in scenes.target_mask.sum(dim=1).argsort(stable=True).split(batch_size):
+    for rows in alike(scenes, batch_size):
         batch = scenes.subset(rows)
         numbers.append(number[rows][scenes.target_mask[rows]])
         started = time.perf_counter()
@@ -450,6 +451,18 @@ def draw_targets(
     back = torch.cat(numbers).argsort()
     smaller = {count: torch.cat(found, dim=1)[:, back] for count, found in fewer.items()}
     return Drawn(torch.cat(parts, dim=1)[:, back], torch.cat(masses, dim=1)[:, back], smaller, seconds)
+
+
+def alike(scenes: Scenes, batch_size: int) -> Iterator[Tensor]:
+    """Rows of scenes with about as many targets, at most ``batch_size`` of them and ``MAX_AGENTS`` agents, int64."""
+    order = scenes.target_mask.sum(dim=1).argsort(stable=True)
+    first = widest = 0
+    for index, agents in enumerate(scenes.agent_mask.sum(dim=1)[order].tolist()):
+        widest, count = max(widest, agents), index - first
+        if count and (count == batch_size or (count + 1) * widest > MAX_AGENTS):
+            yield order[first:index]
+            first, widest = index, agents
+    yield order[first:]
 
 
 def _forecasts_of(baseline: Baseline, past: Tensor, num_forecasts: int, counts: Sequence[int], seed: int) -> Drawn:

@@ -38,6 +38,15 @@ SAMPLING = SamplingConfig(steps=3)
 HOW = {"num_forecasts": 6, "sampling": SAMPLING}
 
 
+def test_scenes_forecast_side_by_side_are_alike_and_bounded_in_scenes_and_agents():
+    many, few = walks(20, 100), walks(90, 5)
+    for scenes, sizes in ((many, [7, 7, 6]), (few, [32, 32, 26])):
+        rows = list(evaluation.alike(scenes, 32))
+        assert [len(part) for part in rows] == sizes
+        assert torch.equal(torch.cat(rows).sort().values, torch.arange(len(scenes)))
+    assert [len(part) for part in evaluation.alike(walks(2, 1000), 32)] == [1, 1]
+
+
 class Perfect(Forecaster):
     """Every sample is what happens."""
 
