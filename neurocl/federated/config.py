@@ -64,7 +64,7 @@ class FederatedConfig(Config):
         rounds: R, per task.
         local_epochs: E, per round.
         batch_size, lr, weight_decay, optimizer, clip: of the clients' training; ``lr`` None takes the method's own.
-        min_clients: replies below which a round is repeated.
+        min_clients: replies below which those who have not answered are asked again.
         max_repeats: how often it is.
         timeout: seconds that a client may take; None for no limit.
         workers: processes that run clients side by side; 0 runs them in this process, one after the other.

@@ -140,15 +140,20 @@ class FederatedRun:
         replies: list[Reply] = []
         failures: list[Failure] = []
         up = down = 0
+        waiting = asked
         for attempt in range(config.max_repeats + 1):
-            outcome = self.exchange(place, dict.fromkeys(asked, message), attempt)
-            replies, failures = outcome.replies, [*failures, *outcome.failures]
-            down += num_bytes(message) * len(asked)
-            up += sum(num_bytes(reply.payload) for reply in replies)
+            # Who has answered is not asked again: nobody says two things in a round, or stores twice.
+            outcome = self.exchange(place, dict.fromkeys(waiting, message), attempt)
+            failures += outcome.failures
+            down += num_bytes(message) * len(waiting)
+            up += sum(num_bytes(reply.payload) for reply in outcome.replies)
+            answered = {reply.client for reply in outcome.replies}
+            waiting = [client for client in waiting if client not in answered]
             # Whoever has no samples has nothing to say.
-            replies = [reply for reply in replies if float(reply.payload.meta["n"]) > 0]  # type: ignore[arg-type]
+            replies += [reply for reply in outcome.replies if float(reply.payload.meta["n"]) > 0]  # type: ignore[arg-type]
             if len(replies) >= quorum or not outcome.failures:
                 break
+        replies.sort(key=lambda reply: reply.client)
         if replies:
             replies, rejected = self._fitting(place, replies)
             failures += rejected

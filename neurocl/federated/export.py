@@ -105,6 +105,8 @@ def export_model(
     """
     known_format(to)
     out = Path(run) / to if out is None else Path(out)
+    if not out.name:
+        raise UserError(f"{out} cannot be replaced; name a new folder with --out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; choose another --out")
     say = say or (lambda line: None)

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from neurocl.config import Config, validate
-from neurocl.errors import UserError
+from neurocl.errors import NeuroclError, UserError
 from neurocl.federated.blueprint import network_of
 from neurocl.federated.catalog import FEDERATED, method_for, problem_for
 from neurocl.federated.config import FederatedConfig
@@ -69,16 +69,16 @@ class Description(Config):
     model: str
     accuracy: float | None = None
     class_names: tuple[str, ...]
-    seen: int
-    tasks: tuple[int, ...]
+    seen: Annotated[int, Field(ge=1)]
+    tasks: tuple[Annotated[int, Field(ge=1)], ...]
     task: int
     inputs: str
-    sample_shape: tuple[int, ...]
+    sample_shape: tuple[Annotated[int, Field(ge=1)], ...]
     blueprint: dict[str, Any]
     head: Literal["linear", "nearest-prototype"] = "linear"
     lora_places: tuple[str, ...] = ()
     options: dict[str, Any] = Field(default_factory=dict)
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
     meta: dict[str, Any] = Field(default_factory=dict)
     privacy: dict[str, Any] | None = None
 
@@ -189,7 +189,13 @@ def load_model(
         tensors = load_file(path / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{path / WEIGHTS}: not a safetensors file, or a damaged one ({error})") from None
-    return _rebuilt(path, found, tensors, network, device)
+    try:
+        return _rebuilt(path, found, tensors, network, device)
+    except NeuroclError:
+        raise
+    except Exception as error:  # who wrote the folder is unknown: whatever does not fit shows up somewhere
+        told = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: no model can be made of it ({type(error).__name__}: {told})") from error
 
 
 def model_of(saved: Saved) -> FederatedModel:
@@ -221,6 +227,7 @@ def _rebuilt(
 ) -> FederatedModel:
     if not 0 <= found.task < len(found.tasks):
         raise UserError(f"{path / CONFIG}: there is no task {found.task}")
+    _check_sizes(path, found, tensors)
     if found.blueprint:
         empty = network_of(found.blueprint, len(found.class_names))
     elif network is not None:
@@ -273,6 +280,29 @@ def network_predictor(network: Classifier, device: str) -> Predictor:
         return scores
 
     return predict
+
+
+def _check_sizes(path: Path, found: Description, tensors: Mapping[str, Tensor]) -> None:
+    """That the weights are those of the described network, before any memory is taken for it.
+
+    Raises:
+        UserError: they are not.
+    """
+    start = "" if found.form == "network" else START
+    rows = {tensors[name].shape[0] for name in (f"{start}head.weight", f"{start}head.prototypes") if name in tensors}
+    if rows != {len(found.class_names)} or found.seen > len(found.class_names):
+        raise UserError(f"{path}: {len(found.class_names)} class names, {found.seen} learnt, do not fit its head")
+    if not found.blueprint:
+        return
+    layers = found.blueprint.get("model", {}).get("num_hidden_layers", 0)
+    if not 0 <= layers <= len(tensors):
+        raise UserError(f"{path / CONFIG}: {layers} layers do not fit {len(tensors)} arrays")
+    with torch.device("meta"):
+        plan = network_of(found.blueprint, len(found.class_names)).backbone.state_dict()
+    for name, value in plan.items():
+        given = tensors.get(f"{start}backbone.{name}")
+        if given is None or given.shape != value.shape:
+            raise UserError(f"{path / WEIGHTS} does not fit the network: backbone.{name}")
 
 
 def _fill(path: Path, network: Classifier, tensors: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -247,7 +248,10 @@ class SecureSum(FederatedMethod):
                 held[index] = store[HELD]
                 continue
             key, about = _box(secrets[1], public[place], context, place, places[own])
-            text = masking.opened(key, boxes[index, own].tobytes(), about)
+            try:
+                text = masking.opened(key, boxes[index, own].tobytes(), about)
+            except MaskingError as error:
+                raise MaskingError(f"from client {int(sharers[index])}: {error}") from None
             held[index] = np.frombuffer(text, dtype=np.uint8).reshape(2, SECRET_BYTES)
         plain = _without(message)
         values = self._contribution(client, inside, plain)
@@ -306,6 +310,8 @@ class SecureSum(FederatedMethod):
 
     def _weak(self, public: Bytes) -> str:
         """Why public keys are of no use to the others, or nothing."""
+        if public[0].tobytes() == public[1].tobytes():
+            return "the keys for masks and for boxes are the same"
         try:
             for row in public:
                 masking.agreed(masking.fresh_secret(), row.tobytes())
@@ -327,13 +333,20 @@ class SecureSum(FederatedMethod):
         own = {name: array for name, array in state.arrays.items() if name.startswith(OWN)}
         threshold = state.meta.get(THRESHOLD, 0)
         if step == KEYS:
-            own = {MEMBERS: clients, PUBLIC: np.stack([reply.payload.arrays[PUBLIC] for reply in replies])}
             threshold = self._least(len(self.inner.coming(_without(state), inside)))
+            public = np.stack([reply.payload.arrays[PUBLIC] for reply in replies])
+            # A key that two have sent is of use to neither.
+            rows = [[row.tobytes() for row in keys] for keys in public]
+            times = Counter(key for keys in rows for key in keys)
+            kept = [index for index, keys in enumerate(rows) if all(times[key] == 1 for key in keys)]
+            if len(kept) < threshold:
+                raise RoundLost("too many clients have sent the same keys")
+            own = {MEMBERS: clients[kept], PUBLIC: public[kept]}
         elif step == SHARES:
-            kept = [_position(own[MEMBERS], int(client)) for client in clients]
+            places = [_position(own[MEMBERS], int(client)) for client in clients]
             own |= {
                 SHARERS: clients,
-                BOXES: np.stack([reply.payload.arrays[BOXES][kept] for reply in replies]),
+                BOXES: np.stack([reply.payload.arrays[BOXES][places] for reply in replies]),
                 HASHES: np.concatenate([reply.payload.arrays[HASHES] for reply in replies]),
             }
         else:

@@ -95,12 +95,15 @@ class TangentRidge(FederatedMethod):
         return (Phase("statistics", 1, train=False),)
 
     def initial_state(self) -> Payload:
+        self._check_size()
+        return Payload()
+
+    def _check_size(self) -> None:
         if self._size > LARGEST_P:
             raise UserError(
                 f"tangent-ridge solves for {self._size} parameters, at most {LARGEST_P} are allowed; choose a smaller "
                 "rank or train to head"
             )
-        return Payload()
 
     def message(self, state: Payload, place: Place) -> Payload:
         # Everybody has the start.
@@ -151,6 +154,7 @@ class TangentRidge(FederatedMethod):
         ready = tensors(state, TAU)
         if ready:
             return ready
+        self._check_size()  # a model that was taken away may say anything
         size = self._size
         triangle, moments = np.zeros(size * (size + 1) // 2), np.zeros(size)
         for name, array in state.arrays.items():

@@ -22,6 +22,8 @@ from neurocl.federated.network import Classifier
 from neurocl.federated.problem import Source
 from neurocl.runs import read_json
 
+#: beginnings of what a configuration may say to load code, kernels or other models
+FOREIGN = ("_", "auto_map", "attn", "kernel", "quantization", "backbone")
 LR = 1e-4  # a transformer that was trained on millions of pictures stands no more
 
 
@@ -93,10 +95,10 @@ def empty_transformer(
         UserError: transformers is not installed, or does not know such a model.
     """
     transformers = _transformers()
-    values = {key: value for key, value in model.items() if key != "model_type"}
+    values = {key: value for key, value in model.items() if key != "model_type" and not key.startswith(FOREIGN)}
     try:
         config = transformers.AutoConfig.for_model(model.get("model_type"), **values)
-        built = transformers.AutoModel.from_config(config, add_pooling_layer=False)
+        built = transformers.AutoModel.from_config(config, trust_remote_code=False, add_pooling_layer=False)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"transformers cannot build this model: {' '.join(str(error).split())[:200]}") from None
     return Classifier(PictureTransformer(built.float(), side, mean, std), int(config.hidden_size), num_classes)
@@ -142,7 +144,12 @@ def load_transformer(folder: Path) -> Any:
     transformers = _transformers()
     try:
         model = transformers.AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, add_pooling_layer=False
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            add_pooling_layer=False,
         )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())[:200]}") from None

@@ -166,6 +166,45 @@ def test_a_network_of_ones_own_is_given_when_it_is_loaded_and_no_code_is_run_for
             load_model(done.folder, network=lambda: empty_network(transformer=False))
 
 
+HOSTILE: list[tuple[str, dict[str, Any]]] = [
+    ("prompt", {"sample_shape": [-1]}),
+    ("prompt", {"tasks": [0, 0]}),
+    ("prompt", {"seed": -1}),
+    ("prompt", {"method": "joint"}),
+    ("prompt", {"method": "tangent-ridge", "options": {"rank": 50}}),
+    ("prompt", {"class_names": ["a", "b", "c"]}),
+    ("prompt", {"blueprint": {"kind": "digits", "backbone": "vit"}}),
+    ("prompt", {"task": 7}),
+    ("fedavg", {"seen": 0}),
+    ("fedavg", {"seen": 99}),
+    ("fedavg", {"class_names": [str(number) for number in range(1000)]}),
+    ("fedavg", {"blueprint": {"kind": ["digits"]}}),
+    ("fedavg", {"blueprint": {"kind": "transformers", "model": {"model_type": "vit", "num_hidden_layers": 10**9}}}),
+]
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("taken")
+    for method in ("fedavg", "prompt"):
+        export_model(run(folder / f"{method}-run", method), folder / method)
+    return folder
+
+
+@pytest.mark.parametrize(("method", "changes"), HOSTILE, ids=lambda value: str(value)[:40])
+def test_a_folder_that_says_nonsense_of_itself_is_refused(
+    taken: Path, tmp_path: Path, method: str, changes: dict[str, Any]
+) -> None:
+    shutil.copytree(taken / method, tmp_path / "bad")
+    about = tmp_path / "bad" / "config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), **changes}))
+    with pytest.raises(UserError):
+        load_model(tmp_path / "bad")
+    about.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_model(tmp_path / "bad")
+
+
 def test_mistakes_are_one_line_and_leave_nothing_behind(tmp_path: Path) -> None:
     path = run(tmp_path / "run", "fedncm")
     alone = run(tmp_path / "alone", "local")
@@ -204,7 +243,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(NeuroclError, match=told) as wrong:
             load_model(tmp_path / "broken")
         assert "\n" not in str(wrong.value)
-    save_file({"head.weight": torch.zeros(1)}, tmp_path / "broken" / "model.safetensors")
+    save_file({"head.weight": torch.zeros(10, 3)}, tmp_path / "broken" / "model.safetensors")
     with pytest.raises(UserError, match="does not fit the network"):
         load_model(tmp_path / "broken")
     with pytest.raises(UserError, match="neither a federated run nor a model"):
