@@ -78,8 +78,7 @@ class TrajectoryConfig(Config):
         max_agents: of fuller training scenes, a random agent and those nearest to it; None takes what suits the data.
         scale: units of the data that make one unit of the network; None takes what suits the data set.
         strength_from, strength_to: share of stage 1 at which the instance part of the codebook begins and is complete.
-        revive_every: updates between revivals of dead codes in the first half of stage 1; 0 for none, as in the paper;
-            None for 20, or 0 if ``faithful``.
+        revive_every: updates between revivals of dead codes in the first half of stage 1; 0 for none.
         max_validation_scenes: scenes used for model selection.
         seed, device, precision, threads: of the run.
     """
@@ -105,7 +104,7 @@ class TrajectoryConfig(Config):
     scale: Annotated[float, Field(gt=0)] | None = None
     strength_from: Annotated[float, Field(ge=0, le=1)] = 0.15
     strength_to: Annotated[float, Field(ge=0, le=1)] = 0.5
-    revive_every: Annotated[int, Field(ge=0)] | None = None
+    revive_every: Annotated[int, Field(ge=0)] = 0
     max_validation_scenes: Annotated[int, Field(ge=1)] = 500
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
@@ -208,7 +207,6 @@ def completed(config: TrajectoryConfig) -> TrajectoryConfig:
         "scale": config.scale or suited.scale,
         "model": config.model if config.faithful else {**suited.model, **config.model},
         "trunk": config.trunk if config.faithful else {**suited.trunk, **config.trunk},
-        "revive_every": (0 if config.faithful else 20) if config.revive_every is None else config.revive_every,
     }
     for name, usual in zip(("stage1", "stage2"), suited.steps, strict=True):
         own: StageConfig = getattr(config, name)

@@ -245,7 +245,7 @@ class Trainer:
 
     def _revive_codes(self) -> None:
         """From time to time in the first half of stage 1; what is dead follows from the weights alone."""
-        every, last = self.config.revive_every or 0, budget(self.config.stage1).steps // 2
+        every, last = self.config.revive_every, budget(self.config.stage1).steps // 2
         if self.stage or not every or self.step % every or self.step > last:
             return
         generator = generator_for(self.config.seed, 9, self.step)

@@ -266,8 +266,6 @@ def test_what_is_asked_for_is_kept():
     assert resized.augment == AugmentConfig(rotation=360, reflection=True, resize=2.0)
     faithful = completed(resolve("small", {"dataset": "nba", "faithful": True}))
     assert faithful.model == {}
-    assert (faithful.revive_every, config.revive_every) == (0, 20)
-    assert completed(resolve("small", {"revive_every": 0})).revive_every == 0
     with pytest.raises(ValueError, match="not completed"):
         budget(resolve("small").stage1)
 
