@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 from neurocl.cli.main import app
 from neurocl.errors import RunError, UserError
 from neurocl.federated.catalog import method_for, problem_for
-from neurocl.federated.config import FederatedConfig
+from neurocl.federated.config import FederatedConfig, SecureSumConfig
 from neurocl.federated.driver import FederatedRun, resume_federated, run_federated
 from neurocl.federated.exchange import Exchange, Failure, Fault, SequentialExchange, Stores
 from neurocl.federated.method import Place
@@ -293,11 +293,11 @@ def wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[FlowerExchan
     return FlowerExchange(wire, problem, Stores(None), run=RUN, patience=1.0, pause=0.01), wire
 
 
-def round_of(exchange: Exchange, attempt: int = 0) -> Any:
+def round_of(exchange: Exchange, attempt: int = 0, clients: Sequence[int] = (0, 1, 2)) -> Any:
     method = method_for(problem_for(config(**SCAFFOLD)))
     task = method.problem.tasks[0]
     place = Place(task, method.phases(task)[0], 0)
-    return exchange(place, dict.fromkeys(range(3), method.message(method.initial_state(), place)), attempt)
+    return exchange(place, dict.fromkeys(clients, method.message(method.initial_state(), place)), attempt)
 
 
 def test_rounds_over_a_grid_are_those_of_the_local_runtime(wired: tuple[FlowerExchange, Wire]) -> None:
@@ -374,6 +374,15 @@ def test_who_is_not_connected_is_dropped_and_too_few_end_the_run(wired: tuple[Fl
     gone = wire.clients.pop(20)
     outcome = round_of(exchange)
     assert outcome.failures == [Failure(1, "dropped", "not connected")]
+    # Those who have answered are still here, so nobody waits for them when the lost one is asked again.
+    plain = exchange.config
+    for changes in ({"min_clients": 2}, {"secure_sum": SecureSumConfig()}):
+        exchange.config = plain.model_copy(update=changes)
+        assert round_of(exchange, attempt=1, clients=[1]).failures == outcome.failures
+    exchange.config = plain.model_copy(update={"secure_sum": SecureSumConfig(threshold=1)})
+    with pytest.raises(RunError, match="2 of 3 clients are connected after 1 s, at least 3 are needed"):
+        round_of(exchange, attempt=1)
+    exchange.config = plain
     # A restarted client has another node; a second one with its number is not heard.
     wire.clients[21] = gone
     wire.clients[22] = FlowerClient(Own(client=1), gone.folder, apart=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -45,7 +46,7 @@ class FlowerExchange:
         problem: with the configuration of the run.
         stores: see above.
         run: sixteen hexadecimal digits that name the run to its clients.
-        patience: seconds to wait for all clients before the first round, and later for ``min_clients`` of them.
+        patience: seconds to wait for all clients before the first round, and later for as many as a round needs.
         numbers: client numbers by node, where the server knows them from keys; else nodes are asked.
         pause: seconds between two looks.
     """
@@ -164,8 +165,7 @@ class FlowerExchange:
 
     def _nodes(self, wanted: list[int]) -> dict[int, int]:
         """Connected nodes by client number, after waiting as long as it makes sense."""
-        first = not self._seconds
-        enough = len(wanted) if first else min(len(wanted), self.config.min_clients)
+        first, least = not self._seconds, self._least(len(wanted))
         deadline = time.monotonic() + self.patience
         while True:
             online = set(_over(self.grid.get_node_ids))
@@ -176,16 +176,24 @@ class FlowerExchange:
                     nodes.setdefault(number, node)
             now = time.monotonic()
             pending = any(now < until for node, until in self._asked.values() if node in online)
-            if len(nodes) == len(wanted) or (len(nodes) >= enough and not pending):
+            # Those who have answered already are not wanted again, but they are here.
+            here = len({number for node, number in self._numbers.items() if node in online})
+            if len(nodes) == len(wanted) or (here >= least and not pending and not first):
                 return nodes
             if now >= deadline:
-                if len(nodes) >= self.config.min_clients:
+                if here >= least:
                     return nodes
                 raise RunError(
-                    f"{len(nodes)} of {self.num_clients} clients are connected after {self.patience:g} s, "
-                    f"at least {self.config.min_clients} are needed"
+                    f"{here} of {self.num_clients} clients are connected after {self.patience:g} s, "
+                    f"at least {least} are needed"
                 )
             time.sleep(max(self.pause, 0.2))
+
+    def _least(self, asked: int) -> int:
+        """Connected clients without which a round cannot succeed."""
+        secure = self.config.secure_sum
+        least = self.config.min_clients if secure is None else max(2, math.ceil(secure.threshold * asked - 1e-9))
+        return max(least, self.config.min_clients)
 
     def _greet(self, online: set[int]) -> None:
         """Ask nodes that are new which client they are, and hear what others have answered."""
