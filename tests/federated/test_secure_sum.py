@@ -530,3 +530,14 @@ def test_what_a_method_keeps_with_its_clients_is_kept_beside_the_secrets() -> No
         wanted = plain.stores.read(client)
         assert kept.keys() == wanted.keys()
         assert all(np.array_equal(kept[name], array) for name, array in wanted.items() if array.dtype.kind != "f")
+
+
+def test_keys_that_two_have_sent_and_one_key_for_both_uses_are_not_taken() -> None:
+    hand = ByHand(config())
+    place = hand.places["keys"]
+    replies = {client: hand.ask(client, "keys") for client in range(NUM)}
+    twice = Payload({PUBLIC: np.stack([replies[0].arrays[PUBLIC][0]] * 2)}, {"n": 1})
+    assert "are the same" in hand.method.objection(hand.state, place, twice)
+    copied = [Reply(client, replies[0 if client == 1 else client]) for client in range(NUM)]
+    with pytest.raises(RoundLost, match="sent the same keys"):
+        hand.method.aggregate(hand.state, place, copied)
